@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from relay_attention import __version__
 from relay_attention.errors import ArtifactError
 
@@ -508,8 +509,10 @@ class Artifact:
     prefix: PrefixFile
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Artifact:
+    def open(cls, path: str | os.PathLike[str], *, prefix_only: bool = False) -> Artifact:
         """Opens a folder; checks the manifest, every file's presence and size, and the header of prefix.bin.
+
+        prefix_only: of the files, only prefix.bin needs to be there.
 
         Raises: ArtifactError, naming the file and what to do. Contents are checked by `check_hashes` only.
         """
@@ -524,6 +527,8 @@ class Artifact:
             )
         manifest = Manifest.read(folder / MANIFEST_NAME)
         for name, entry in manifest.files.items():
+            if prefix_only and name != manifest.prefix.file:
+                continue
             file = folder / name
             if not file.is_file():
                 raise ArtifactError(

@@ -18,6 +18,7 @@ import jinja2.sandbox
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+
 from relay_attention.errors import ArtifactError, PromptError
 from relay_attention.runtime.artifact import SYSTEM_PROMPT_NAME, Artifact
 
@@ -237,7 +238,7 @@ class SystemPrompt:
         """
         if isinstance(prompt, str):
             if not prompt:
-                raise PromptError("is empty")
+                raise PromptError("the prompt is empty")
             return (
                 self._render([{"role": "user", "content": prompt}])
                 if self.template == "chat"
@@ -247,15 +248,15 @@ class SystemPrompt:
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise PromptError(
-                f"is {_describe(prompt)}, not a string, a list of token ids or a list of messages"
+                f"the prompt is {_describe(prompt)}, not a string, a list of token ids or a list of messages"
             )
         if not prompt:
-            raise PromptError("is empty")
+            raise PromptError("the prompt is empty")
         if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in prompt):
             return [int(item) for item in prompt]  # type: ignore[arg-type]
         if not all(isinstance(item, Mapping) and "role" in item for item in prompt):
             raise PromptError(
-                'is a list, but neither of token ids nor of messages {"role": ..., "content": ...}'
+                'the prompt is a list, but neither of token ids nor of messages {"role": ..., "content": ...}'
             )
         return self._render(list(prompt))  # type: ignore[arg-type]
 
@@ -266,12 +267,14 @@ class SystemPrompt:
         chat_template = self.tokenizer.chat_template
         if self.template != "chat" or chat_template is None:
             raise PromptError(
-                "is a list of messages, but the artifact was made without a chat template: give a string"
+                "the prompt is a list of messages, but the artifact has no chat template: give a string"
             )
         if messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.text}, *messages]
         elif messages[0].get("content") != self.text:
-            raise PromptError("starts with a system message that is not the one the artifact was made with")
+            raise PromptError(
+                "the prompt starts with a system message that is not the one the artifact was made with"
+            )
         text = chat_template.render(messages, self._now)
         head, token_ids = self._restart
         if head and text.startswith(head):
@@ -280,7 +283,7 @@ class SystemPrompt:
             tail, token_ids = self.tokenizer.encode(text), list(self.token_ids)
         if tail[: len(token_ids)] != token_ids:
             raise PromptError(
-                "as the chat template renders it does not begin with the artifact's system prompt"
+                "as the chat template renders it, the prompt does not begin with the artifact's system prompt"
             )
         return tail[len(token_ids) :]
 

@@ -1,0 +1,104 @@
+"""What the runtime asks of an inference engine. Every engine is one file that implements `Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from relay_attention.errors import BackendError
+from relay_attention.runtime.artifact import Artifact, PrefixFile
+
+Int32 = npt.NDArray[np.int32]
+
+# name: (module, class). A module is imported when its backend is asked for, and may need packages that others
+# do not.
+_BACKENDS = {
+    "onnxruntime": ("relay_attention.runtime.onnxruntime_backend", "OnnxRuntimeBackend"),
+}
+
+
+class Backend(Protocol):
+    """One loaded model with its caches: max_batch slots of max_context tokens each, and one prefix for all of
+    them.
+
+    Used by one thread at a time. Errors of the engine are raised as BackendError, and leave the caches
+    usable.
+    """
+
+    def allocate(self, max_batch: int, max_context: int) -> None:
+        """Makes the caches, once. Raises BackendError, with the numbers, where memory does not suffice."""
+
+    def step(self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32) -> None:
+        """Runs the model on slots first_row..first_row+n-1 and appends the new tokens to their caches.
+
+        input_ids [n, S], right-padded; context_lens [n]: tokens in each slot before; query_lens [n]: valid
+        tokens of each row, 0 for none. The arrays belong to the backend until the call returns, and to the
+        caller after it.
+        """
+
+    def read_logits(self) -> npt.NDArray[np.float32]:
+        """Logits [n, vocab] after the last valid token of each row of the last step; valid until the next."""
+
+    def move(self, source_row: int, target_row: int, length: int) -> None:
+        """Copies the first `length` cached tokens of one slot over those of another."""
+
+    def set_prefix(self, prefix: PrefixFile) -> None:
+        """Replaces the prefix between two steps; the caller has checked that the model computed it.
+
+        Raises: BackendError if this artifact's prefix is part of the graph (mode "static").
+        """
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the allocated caches, all slots together."""
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix's keys and values, held once."""
+
+    def close(self) -> None:
+        """Frees the model and the caches; nothing else may be called after it."""
+
+
+def load_backend(name: str, artifact: Artifact, **options: Any) -> Backend:
+    """Loads an artifact into the engine of that name; `options` are the engine's own (threads, ...).
+
+    Raises: BackendError if there is no such backend, its packages are missing, or it refuses the model.
+    """
+    if name not in _BACKENDS:
+        raise BackendError(f"there is no backend {name!r}; there is {', '.join(_BACKENDS)}")
+    module, class_name = _BACKENDS[name]
+    backend: Callable[..., Backend] = getattr(import_module(module), class_name)
+    return backend(artifact, **options)
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory still to be had, by the machine and by the control group; None if unknown."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such file on this system, or "max": no limit
+        pass
+    return min(limits, default=None)
+
+
+def check_memory(needed: int, max_batch: int, max_context: int) -> None:
+    """Raises BackendError if caches of `needed` bytes do not fit in the memory available."""
+    available = available_memory()
+    if available is not None and needed > available:
+        fitting = int(max_batch * available / needed)
+        raise BackendError(
+            f"caches for max_batch {max_batch} of max_context {max_context} tokens need "
+            f"{needed / 2**30:.2f} GiB, {available / 2**30:.2f} GiB are available: "
+            + (f"at most max_batch {fitting} fits, or " if fitting else "")
+            + "set a smaller max_context"
+        )

@@ -1,0 +1,211 @@
+"""Choosing the next token of one request from its row of logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relay_attention.errors import PromptError
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is decoded. The default is greedy.
+
+    max_new_tokens: at most so many tokens are generated; fewer where the request's cache is full before.
+    min_new_tokens: no stop token is chosen and no stop string looked for before so many.
+    temperature: 0 is greedy (the lowest id among equal logits); others divide the logits.
+    top_k: only the k likeliest tokens; 0 keeps all. Tokens that tie with the k-th stay.
+    top_p: only the fewest likeliest tokens whose probabilities reach p.
+    min_p: only tokens at least min_p times as probable as the likeliest.
+    repetition_penalty: logits of all tokens seen (prefix, prompt, generated) are divided by it where positive
+    and multiplied where negative, as transformers does.
+    seed: of this request's own random numbers; None draws one. The same seed gives the same tokens whatever
+    else is in the batch, as far as the logits are the same: an engine's matrix products may differ in the
+    last bits with the number of rows, which moves a draw only if it falls within those bits of a boundary.
+    stop: strings that end the request; the text is cut before them. They may span tokens.
+    stop_token_ids: tokens that end the request besides the model's own; left out of the result.
+    ignore_eos: the model's end tokens are tokens like others.
+    logprobs: None for none, n >= 0 for the log-probability of each chosen token and of the n likeliest, by
+    the model's own distribution (before penalty, temperature and filters).
+    Raises: PromptError naming the field that makes no sense.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else self._items("stop", str)
+        )
+        object.__setattr__(self, "stop_token_ids", self._items("stop_token_ids", int))
+        self._check_number("max_new_tokens", int, 1)
+        self._check_number("min_new_tokens", int, 0)
+        self._check_number("temperature", float, 0.0)
+        self._check_number("top_k", int, 0)
+        self._check_number("top_p", float, 0.0, 1.0)
+        self._check_number("min_p", float, 0.0, 1.0)
+        self._check_number("repetition_penalty", float, 0.0)
+        if self.seed is not None:
+            self._check_number("seed", int, 0)
+        if self.logprobs is not None:
+            self._check_number("logprobs", int, 0)
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            raise PromptError("top_p and repetition_penalty must be above 0")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise PromptError(
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
+            )
+        if not isinstance(self.ignore_eos, bool):
+            raise PromptError(f"ignore_eos is {self.ignore_eos!r}, not true or false")
+        if "" in self.stop:
+            raise PromptError("stop holds an empty string")
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any], base: SamplingParams | None = None) -> SamplingParams:
+        """`base` with some fields replaced, as a JSON object gives them."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(mapping) - known):
+            raise PromptError(
+                f"{', '.join(unknown)}: unknown; sampling parameters are {', '.join(sorted(known))}"
+            )
+        return cls(**{name: getattr(base or cls(), name) for name in known} | mapping)
+
+    def _items(self, name: str, kind: type) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if not isinstance(value, Sequence) or not all(type(item) is kind for item in value):
+            raise PromptError(f"{name} is {value!r:.60}, not a list of {kind.__name__}")
+        return tuple(value)
+
+    def _check_number(self, name: str, kind: type, least: float, most: float = math.inf) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(
+            value, (int, np.integer) if kind is int else (int, float)
+        ):
+            raise PromptError(f"{name} is {value!r:.60}, not {'an integer' if kind is int else 'a number'}")
+        if not least <= value <= most or not math.isfinite(value):
+            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise PromptError(f"{name} is {value}, must be {bounds}")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural log-probability of one generated token, and (token id, log-probability) of the likeliest."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """One request's choice of tokens: its parameters, its random numbers, and the tokens it has seen.
+
+    One random number is drawn a token, so the sequence of draws depends on the seed alone; it is looked up in
+    the cumulated probabilities in the order of token ids, so that two nearly equal tokens never trade places.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        stop_token_ids: Sequence[int],
+        seen: Sequence[npt.NDArray[np.int32]],
+        vocab_size: int,
+    ):
+        """seen: arrays of the tokens before the first generated one, for the repetition penalty."""
+        self.params = params
+        self._stop_token_ids = np.array(sorted(set(stop_token_ids)), np.int64)
+        self._generator = np.random.default_rng(params.seed) if params.temperature > 0 else None
+        self._seen_before, self._vocab_size = seen, vocab_size
+        self._seen: npt.NDArray[np.bool_] | None = None
+
+    def is_stop(self, token_id: int) -> bool:
+        """Whether this token ends the request."""
+        return token_id in self._stop_token_ids
+
+    def sample(self, logits: Floats, generated: int) -> int:
+        """Chooses a token from logits [vocab]; `generated` tokens were chosen before. The logits are left
+        alone.
+
+        Raises: FloatingPointError if the logits are NaN, or infinite at the top.
+        """
+        params = self.params
+        if not np.isfinite(logits[logits.argmax()]):  # argmax finds a NaN if there is one
+            raise FloatingPointError("the model's logits are not finite")
+        if params.repetition_penalty != 1.0:
+            logits = self._penalize(logits)
+        if generated < params.min_new_tokens and self._stop_token_ids.size:
+            logits = logits.copy()
+            logits[self._stop_token_ids] = -np.inf
+        token_id = int(logits.argmax()) if self._generator is None else self._draw(logits, self._generator)
+        if self._seen is not None:
+            self._seen[token_id] = True
+        return token_id
+
+    def logprobs(self, logits: Floats, token_id: int) -> TokenLogprobs | None:
+        """Log-probabilities of the chosen token and the likeliest by logits [vocab], if asked for."""
+        count = self.params.logprobs
+        if count is None:
+            return None
+        shifted = logits - logits.max()
+        values = shifted - np.log(np.exp(shifted).sum(dtype=np.float64))
+        count = min(count, len(values))
+        likeliest = np.argpartition(-values, count - 1)[:count] if count else np.zeros(0, np.int64)
+        likeliest = likeliest[np.lexsort((likeliest, -values[likeliest]))]
+        top = tuple((int(index), float(values[index])) for index in likeliest)
+        return TokenLogprobs(token_id, float(values[token_id]), top)
+
+    def _penalize(self, logits: Floats) -> Floats:
+        if self._seen is None:  # made here, as a waiting request needs none
+            self._seen = np.zeros(self._vocab_size, bool)
+            for token_ids in self._seen_before:
+                self._seen[token_ids] = True
+        penalty = np.float32(self.params.repetition_penalty)
+        changed = np.where(logits < 0, logits * penalty, logits / penalty)
+        return np.where(self._seen, changed, logits)
+
+    def _draw(self, logits: Floats, generator: np.random.Generator) -> int:
+        params = self.params
+        # the maximum goes first: logits / temperature overflows where the temperature is tiny
+        scaled = (logits - logits.max()) / np.float32(max(params.temperature, 1e-20))
+        candidates = np.arange(len(scaled))
+        if 0 < params.top_k < len(scaled):
+            least = np.partition(scaled, -params.top_k)[-params.top_k]
+            candidates = np.flatnonzero(scaled >= least)
+        weights = np.exp(scaled[candidates], dtype=np.float64)
+        weights /= weights.sum()
+        if params.top_p < 1:
+            kept = _nucleus(weights, params.top_p)
+            candidates, weights = candidates[kept], weights[kept]
+        if params.min_p > 0:
+            kept = weights >= params.min_p * weights.max()
+            candidates, weights = candidates[kept], weights[kept]
+        bounds = np.cumsum(weights)
+        place = np.searchsorted(bounds, generator.random() * bounds[-1], side="right")
+        return int(candidates[min(int(place), len(candidates) - 1)])
+
+
+def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """Indices, ascending, of the fewest largest weights whose sum reaches top_p; weights [n] sum to 1."""
+    # those below (1 - p) / n sum to less than 1 - p, so none of them is in the nucleus: only the others are
+    # sorted
+    index = np.flatnonzero(weights >= (1 - top_p) / len(weights))
+    order = index[np.argsort(-weights[index], kind="stable")]
+    before = np.cumsum(weights[order]) - weights[order]
+    return np.sort(order[before < top_p])
