@@ -1,0 +1,678 @@
+// Relay attention in one launch: prefix and context tiles from one work list, tensor-core products, the new tokens
+// rotated and appended on the way, and a merge by log-sum-exp behind one barrier of the whole grid.
+//
+//   schedule   every block derives the work list from the lengths (schedule.cuh)
+//   copy       keys and values stream through a ring of shared-memory buffers, across tile borders without draining
+//   attend     online softmax over the blocks of one tile; the normalised result and its lse are a partial
+//   merge      after the barrier, each row's partials are summed in the order of the workers that made them, so two
+//              runs agree bit for bit; the rows are dealt out over the whole grid
+//
+// The barrier needs all blocks resident at once: launch.cu launches cooperatively.
+#pragma once
+
+#include "rotary.cuh"
+#include "schedule.cuh"
+
+namespace relay::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// A tile row is head_dim elements, its 16-byte chunks permuted so that eight rows of one column meet all 32 banks.
+template <int kHeadDim>
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+  const int permuted = kHeadDim % 64 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
+  return (row * (kHeadDim / 8) + permuted) * 16;
+}
+
+// Where the keys and values of a tile lie. Rows below `cached` come from cache + row*D, those up to `limit` from
+// fresh + (row - cached)*fresh_stride, the rest are zero. Bytes.
+struct Source {
+  const char* key_cache;
+  const char* value_cache;
+  const char* key_fresh;
+  const char* value_fresh;
+  int cached;
+  int limit;
+};
+
+template <class T, int kHeadDim, int kPrefixRows, int kContextRows>
+class Attention {
+ public:
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kBufferBytes = kBlockKeys * kRowBytes;
+  static constexpr int kRows = kPrefixRows > kContextRows ? kPrefixRows : kContextRows;
+  // Also the scratch of the sum over the four warps of a 16-row tile: 4 warps x 8 rows x D/2 floats.
+  static constexpr int kQueryBytes = kRows * kRowBytes > 64 * kHeadDim ? kRows * kRowBytes : 64 * kHeadDim;
+
+  __device__ __forceinline__ explicit Attention(const KernelArguments& arguments)
+      : a(arguments), p(arguments.params), rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0} {
+    char* shared = dynamic_shared();  // in the order of plan.cpp's shared_bytes
+    query_tile = shared;
+    ring = shared_address(shared + kQueryBytes);
+    int* words = reinterpret_cast<int*>(shared + kQueryBytes + a.depth * kBufferBytes);
+    row_low = words;
+    row_high = row_low + kRows;
+    scratch = row_high + kRows;
+    schedule.token_start = scratch + 32;
+    schedule.first_token = schedule.token_start + p.batch + 1;
+    schedule.context_len = schedule.first_token + p.batch + 1;
+    schedule.unit_start = schedule.context_len + p.batch + 1;
+    schedule.request_of_token = reinterpret_cast<uint16_t*>(schedule.unit_start + p.batch + 1);
+  }
+
+  __device__ __forceinline__ void run() {
+    prefetch_prefix();
+    schedule.build(a, scratch);
+    const int worker = blockIdx.x;
+    int unit = worker < schedule.workers ? schedule.begin(worker) : schedule.units;
+    const int end = worker < schedule.workers ? schedule.begin(worker + 1) : schedule.units;
+
+    copy_unit = unit;
+    copy_end = end;
+    copy_slot = use_slot = 0;
+    copy_values = false;
+    Tile tile{};
+    if (unit < end) {
+      const int request = unit < schedule.prefix_units ? 0 : schedule.find_request(unit);
+      tile = schedule.find(unit, request);
+      copy_tile = tile;
+      copy_source = source(tile);
+    }
+    for (int i = 0; i < a.depth - 1; ++i) copy_next();
+    append();  // its loads travel together with the first blocks of keys
+    if (a.token_begin == 0) fill_idle_rows();
+
+    while (unit < end) {
+      const int blocks = min(end - unit, tile.block_end - tile.block);
+      const bool is_head = unit == tile.first_unit;
+      if constexpr (kPrefixRows == kContextRows) {
+        attend<kPrefixRows>(tile, blocks, is_head);
+      } else if (tile.is_context) {
+        attend<kContextRows>(tile, blocks, is_head);
+      } else {
+        attend<kPrefixRows>(tile, blocks, is_head);
+      }
+      unit += blocks;
+      if (unit < end) tile = schedule.find(unit, tile.request);
+    }
+    copy_async_wait<0>();
+    grid_barrier();
+    if (schedule.tokens * p.num_heads > static_cast<int>(gridDim.x)) {
+      merge<1>();
+    } else {
+      merge<kWarps>();
+    }
+  }
+
+ private:
+  const KernelArguments& a;
+  const RelayParams& p;
+  const Rotary rotary;
+  Schedule<kPrefixRows, kContextRows> schedule;
+  char* query_tile;
+  SharedAddress ring;
+  int* row_low;   // the keys [low, high] of the tile's own numbering that each row of the tile sees
+  int* row_high;
+  int* scratch;
+  // The copy cursor runs ahead of the attention by depth - 1 buffers.
+  Tile copy_tile;
+  Source copy_source;
+  int copy_unit, copy_end, copy_slot, use_slot;
+  bool copy_values;
+
+  __device__ __forceinline__ void prefetch_prefix() const {
+    const int64_t step = int64_t{gridDim.x} * kThreads * 128;
+    for (int64_t line = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 128; line < a.l2_prefetch_bytes; line += step) {
+      prefetch_l2(static_cast<const char*>(p.prefix_key) + line);
+      prefetch_l2(static_cast<const char*>(p.prefix_value) + line);
+    }
+  }
+
+  // ---- copy ----
+  __device__ __forceinline__ Source source(const Tile& tile) const {
+    Source s;
+    if (!tile.is_context) {
+      const int64_t offset = int64_t{tile.kv_head} * p.prefix_length * kRowBytes;
+      s.key_cache = static_cast<const char*>(p.prefix_key) + offset;
+      s.value_cache = static_cast<const char*>(p.prefix_value) + offset;
+      s.key_fresh = s.value_fresh = nullptr;
+      s.cached = s.limit = p.prefix_length;
+    } else {
+      const int64_t cache = (int64_t{tile.request} * p.kv_num_heads + tile.kv_head) * p.max_context * kRowBytes;
+      const int64_t fresh = (int64_t{tile.request} * p.sequence * p.kv_num_heads + tile.kv_head) * kRowBytes;
+      s.key_cache = static_cast<const char*>(p.past_key) + cache;
+      s.value_cache = static_cast<const char*>(p.past_value) + cache;
+      s.key_fresh = static_cast<const char*>(p.key) + fresh;
+      s.value_fresh = static_cast<const char*>(p.value) + fresh;
+      s.cached = schedule.context_len[tile.request];
+      s.limit = schedule.context_keys(tile.request);
+    }
+    return s;
+  }
+
+  // Starts the copy of the next block of keys or values, and commits it as one group; an empty group when none is left.
+  __device__ __forceinline__ void copy_next() {
+    if (copy_unit < copy_end) {
+      const char* cache = copy_values ? copy_source.value_cache : copy_source.key_cache;
+      const char* fresh = copy_values ? copy_source.value_fresh : copy_source.key_fresh;
+      const SharedAddress buffer = ring + copy_slot * kBufferBytes;
+      const int first = copy_tile.block * kBlockKeys;
+      const int cached = copy_source.cached, limit = copy_source.limit;
+#pragma unroll
+      for (int i = 0; i < kBlockKeys * kChunks / kThreads; ++i) {
+        const int index = i * kThreads + threadIdx.x;
+        const int row = index / kChunks, chunk = index % kChunks;
+        const int key = first + row;
+        const char* from = cache + (int64_t{key} * kRowBytes + chunk * 16);
+        if (key >= cached)
+          from = key < limit
+                     ? fresh + (int64_t{key - cached} * p.kv_num_heads * kRowBytes + chunk * 16)
+                     : static_cast<const char*>(p.query);  // a valid address that is not read
+        copy_async_16(buffer + chunk_offset<kHeadDim>(row, chunk), from, key < limit);
+      }
+      copy_slot = copy_slot + 1 == a.depth ? 0 : copy_slot + 1;
+      if (copy_values) {
+        ++copy_unit;
+        if (++copy_tile.block == copy_tile.block_end && copy_unit < copy_end) {
+          copy_tile = schedule.find(copy_unit, copy_tile.request);
+          copy_source = source(copy_tile);
+        }
+      }
+      copy_values = !copy_values;
+    }
+    copy_async_commit();
+  }
+
+  // Waits for the oldest buffer, refills the one that all threads have finished with, and returns the former.
+  __device__ __forceinline__ SharedAddress next_buffer() {
+    switch (a.depth) {
+      case 2: copy_async_wait<0>(); break;
+      case 3: copy_async_wait<1>(); break;
+      case 4: copy_async_wait<2>(); break;
+      case 5: copy_async_wait<3>(); break;
+      default: copy_async_wait<4>(); break;
+    }
+    __syncthreads();
+    copy_next();
+    const SharedAddress buffer = ring + use_slot * kBufferBytes;
+    use_slot = use_slot + 1 == a.depth ? 0 : use_slot + 1;
+    return buffer;
+  }
+
+  // ---- the new tokens ----
+  __device__ __forceinline__ void append() const {
+    const int count = schedule.tokens * p.kv_num_heads * kChunks;
+    for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+      const int chunk = i % kChunks;
+      const int head = i / kChunks % p.kv_num_heads;
+      const int token = i / kChunks / p.kv_num_heads;
+      const int request = schedule.request_of_token[token];
+      const int s = schedule.first_token[request] + token - schedule.token_start[request];
+      const int slot = schedule.context_len[request] + s;
+      const int64_t from = ((int64_t{request} * p.sequence + s) * p.kv_num_heads + head) * kChunks;
+      const int64_t to = ((int64_t{request} * p.kv_num_heads + head) * p.max_context + slot) * kChunks;
+      const uint4* key = static_cast<const uint4*>(p.key) + from;
+      uint4* present = static_cast<uint4*>(p.present_key) + to;
+      const uint4 value = static_cast<const uint4*>(p.value)[from + chunk];
+      rotary.visit<T>(
+          chunk, p.prefix_length + slot, [&](int c) { return key[c]; },
+          [&](int c, const uint4& x) { present[c] = x; });
+      static_cast<uint4*>(p.present_value)[to + chunk] = value;
+    }
+  }
+
+  // Output rows past query_lens: zero; all rows of a request whose lengths are out of range: NaN.
+  __device__ __forceinline__ void fill_idle_rows() const {
+    const int chunks = p.num_heads * kChunks;
+    for (int row = blockIdx.x; row < p.batch * p.sequence; row += gridDim.x) {
+      const Lengths n = read_lengths(p, row / p.sequence);
+      if (row % p.sequence < n.query) continue;
+      const uint32_t word = n.valid ? 0 : T::kNaN;
+      uint4* output = static_cast<uint4*>(p.output) + int64_t{row} * chunks;
+      for (int i = threadIdx.x; i < chunks; i += kThreads) output[i] = make_uint4(word, word, word, word);
+    }
+  }
+
+  // Rotates the keys of a buffer that came from `key`, as copied. Between two barriers.
+  __device__ __forceinline__ void rotate_fresh_keys(SharedAddress buffer, int first, const Tile& tile) const {
+    const int cached = schedule.context_len[tile.request], limit = schedule.context_keys(tile.request);
+    for (int i = threadIdx.x; i < kBlockKeys * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const int key = first + row;
+      if (key < cached || key >= limit || chunk >= rotary.dim / 8) continue;
+      rotary.visit<T>(
+          chunk, p.prefix_length + key,
+          [&](int c) { return load_shared_16(buffer + chunk_offset<kHeadDim>(row, c)); },
+          [&](int c, const uint4& x) { store_shared_16(buffer + chunk_offset<kHeadDim>(row, c), x); });
+    }
+  }
+
+  // The tile's rotated queries into shared memory, and the keys that each row sees.
+  template <int kTileRows>
+  __device__ __forceinline__ void load_queries(const Tile& tile) const {
+    const SharedAddress target = shared_address(query_tile);
+    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      if (row >= tile.rows) {
+        store_shared_16(target + chunk_offset<kHeadDim>(row, chunk), make_uint4(0, 0, 0, 0));
+        if (chunk == 0) {
+          row_low[row] = 0;  // its result is never stored: nothing to mask
+          row_high[row] = INT32_MAX;
+        }
+        continue;
+      }
+      const int packed = tile.packed_row + row;
+      const int token = packed / schedule.group;
+      const int head = tile.kv_head * schedule.group + packed - token * schedule.group;
+      const int request = schedule.request_of_token[token];
+      const int s = schedule.first_token[request] + token - schedule.token_start[request];
+      const int position = schedule.context_len[request] + s;  // counted from the end of the prefix
+      const uint4* query = static_cast<const uint4*>(p.query) +
+                           ((int64_t{request} * p.sequence + s) * p.num_heads + head) * kChunks;
+      rotary.visit<T>(
+          chunk, p.prefix_length + position, [&](int c) { return query[c]; },
+          [&](int c, const uint4& x) { store_shared_16(target + chunk_offset<kHeadDim>(row, c), x); });
+      if (chunk == 0) {
+        const int low = position - p.local_window_size + 1 + (tile.is_context ? 0 : p.prefix_length);
+        row_low[row] = p.local_window_size > 0 ? low : 0;
+        row_high[row] = tile.is_context ? position : p.prefix_length - 1;
+      }
+    }
+  }
+
+  // ---- attend ----
+  // `blocks` key blocks of one tile, from tile.block on. Of kTileRows rows, four warps take a quarter each and all keys
+  // (64 rows), or all rows and a quarter of each block's keys (16 rows).
+  template <int kTileRows>
+  __device__ __forceinline__ void attend(const Tile& tile, int blocks, bool is_head) {
+    constexpr int kKeyWarps = kTileRows == 16 ? kWarps : 1;
+    constexpr int kKeys = kBlockKeys / kKeyWarps;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row0 = kKeyWarps == 1 ? warp * 16 : 0;
+    const int key0 = kKeyWarps == 1 ? 0 : warp * kKeys;
+
+    __syncthreads();  // of the previous tile, all are done with the queries
+    load_queries<kTileRows>(tile);
+    __syncthreads();
+    const int low[2] = {row_low[row0 + lane / 4], row_low[row0 + lane / 4 + 8]};
+    const int high[2] = {row_high[row0 + lane / 4], row_high[row0 + lane / 4 + 8]};
+
+    const SharedAddress queries = shared_address(query_tile);
+    const bool capped = p.softcap > 0;
+    // exp(score) = 2^(factor * s), s being the product or, capped, the whole score.
+    const float factor = capped ? kLog2e : p.scale * kLog2e;
+    const float cap_slope = capped ? 2 * kLog2e * p.scale / p.softcap : 0;
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    float output[kHeadDim / 8][4];
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) output[n][0] = output[n][1] = output[n][2] = output[n][3] = 0;
+
+    for (int block = tile.block; block < tile.block + blocks; ++block) {
+      // scores = queries * keys^T
+      SharedAddress buffer = next_buffer();
+      if (tile.is_context && rotary.dim > 0 &&
+          (block + 1) * kBlockKeys > schedule.context_len[tile.request]) {
+        rotate_fresh_keys(buffer, block * kBlockKeys, tile);
+        __syncthreads();
+      }
+      float score[kKeys / 8][4];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        uint32_t q[4];
+        load_matrix_x4(q, queries + chunk_offset<kHeadDim>(row0 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t keys[4];
+          load_matrix_x4(keys, buffer + chunk_offset<kHeadDim>(key0 + n * 16 + lane % 8 + lane / 16 * 8,
+                                                               k * 2 + lane / 8 % 2));
+          multiply_accumulate<T>(score[2 * n], q, keys[0], keys[1]);
+          multiply_accumulate<T>(score[2 * n + 1], q, keys[2], keys[3]);
+        }
+      }
+
+      // online softmax
+      if (capped) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // tanh(x) = 1 - 2 / (e^2x + 1)
+            score[n][i] = p.softcap - __fdividef(2 * p.softcap, exp2_fast(score[n][i] * cap_slope) + 1);
+          }
+      }
+      const int first_key = block * kBlockKeys + key0;
+      if (first_key < max(low[0], low[1]) || first_key + kKeys - 1 > min(high[0], high[1])) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
+            if (key < low[i / 2] || key > high[i / 2]) score[n][i] = -INFINITY;
+          }
+      }
+      uint32_t weights[kKeys / 8][2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float block_maximum = maximum[r];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+          block_maximum = fmaxf(block_maximum, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
+        block_maximum = fmaxf(block_maximum, __shfl_xor_sync(kAllLanes, block_maximum, 1));
+        block_maximum = fmaxf(block_maximum, __shfl_xor_sync(kAllLanes, block_maximum, 2));
+        // No key seen yet: subtract 0, so that 2^(-inf - 0) = 0 and not NaN.
+        const float shift = block_maximum == -INFINITY ? 0 : block_maximum * factor;
+        const float decay = exp2_fast(maximum[r] * factor - shift);
+        maximum[r] = block_maximum;
+        sum[r] *= decay;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          const float w0 = exp2_fast(score[n][2 * r] * factor - shift);
+          const float w1 = exp2_fast(score[n][2 * r + 1] * factor - shift);
+          sum[r] += w0 + w1;
+          weights[n][r] = T::pack(w0, w1);
+        }
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          output[n][2 * r] *= decay;
+          output[n][2 * r + 1] *= decay;
+        }
+      }
+
+      // output += weights * values
+      buffer = next_buffer();
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) {
+        const uint32_t w[4] = {weights[2 * k][0], weights[2 * k][1], weights[2 * k + 1][0], weights[2 * k + 1][1]};
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t values[4];
+          load_matrix_x4_transposed(
+              values, buffer + chunk_offset<kHeadDim>(key0 + k * 16 + lane % 16, n * 2 + lane / 16));
+          multiply_accumulate<T>(output[2 * n], w, values[0], values[1]);
+          multiply_accumulate<T>(output[2 * n + 1], w, values[2], values[3]);
+        }
+      }
+    }
+
+    float lse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+      lse[r] = maximum[r] == -INFINITY ? -INFINITY : maximum[r] * factor + log2f(sum[r]);
+    }
+
+    float* partial_output;
+    float* partial_lse;
+    if (is_head) {
+      const int64_t row =
+          (int64_t{tile.is_context} * p.kv_num_heads + tile.kv_head) * a.max_rows + tile.packed_row;
+      partial_output = a.head_output + row * kHeadDim;
+      partial_lse = a.head_lse + row;
+    } else {
+      const int64_t row = int64_t{blockIdx.x} * a.tail_rows;
+      partial_output = a.tail_output + row * kHeadDim;
+      partial_lse = a.tail_lse + row;
+    }
+
+    if constexpr (kKeyWarps == 1) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = row0 + lane / 4 + r * 8;
+        if (row >= tile.rows) continue;
+        const float inverse = sum[r] == 0 ? 0 : 1 / sum[r];
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          float2* target = reinterpret_cast<float2*>(partial_output + row * kHeadDim + n * 8 + lane % 4 * 2);
+          *target = make_float2(output[n][2 * r] * inverse, output[n][2 * r + 1] * inverse);
+        }
+        if (lane % 4 == 0) partial_lse[row] = lse[r];
+      }
+    } else {
+      sum_over_warps(tile, output, sum, lse, partial_output, partial_lse);
+    }
+  }
+
+  // The four warps of a 16-row tile saw different keys: add their results up, eight rows and half a head at a time,
+  // through the shared memory of the queries.
+  __device__ __forceinline__ void sum_over_warps(const Tile& tile, const float (&output)[kHeadDim / 8][4],
+                                                 const float (&sum)[2], const float (&lse)[2], float* partial_output,
+                                                 float* partial_lse) {
+    constexpr int kHalf = kHeadDim / 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* parts = reinterpret_cast<float*>(query_tile);
+    // row_low and row_high are done with: 16 rows of 4 warps' lse fit into 2 * kRows >= 32 words and scratch's 32.
+    float* warp_lse = reinterpret_cast<float*>(row_low);
+    __syncthreads();
+    if (lane % 4 == 0) {
+      warp_lse[warp * 16 + lane / 4] = lse[0];
+      warp_lse[warp * 16 + lane / 4 + 8] = lse[1];
+    }
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int r = part / 2, half = part % 2;
+      if (r * 8 >= tile.rows) break;
+      // Normalised by the warp's own sum, so that its lse alone is its weight. Columns are permuted against bank
+      // conflicts, by multiples of 8, which keeps four neighbours together.
+      const float inverse = sum[r] == 0 ? 0 : 1 / sum[r];
+#pragma unroll
+      for (int n = 0; n < kHalf / 8; ++n) {
+        const int column = (n * 8 + lane % 4 * 2) ^ column_swizzle(lane / 4);
+        float2* target = reinterpret_cast<float2*>(parts + (warp * 8 + lane / 4) * kHalf + column);
+        *target = make_float2(output[half * kHalf / 8 + n][2 * r] * inverse,
+                              output[half * kHalf / 8 + n][2 * r + 1] * inverse);
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < 8 * kHalf / 4; i += kThreads) {
+        const int row = i / (kHalf / 4), column = i % (kHalf / 4) * 4;
+        if (r * 8 + row >= tile.rows) continue;
+        float highest = -INFINITY, total = 0;
+        for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, warp_lse[w * 16 + r * 8 + row]);
+        const float shift = highest == -INFINITY ? 0 : highest;
+        float4 x = make_float4(0, 0, 0, 0);
+        for (int w = 0; w < kWarps; ++w) {
+          const float weight = exp2_fast(warp_lse[w * 16 + r * 8 + row] - shift);
+          const float4 y =
+              *reinterpret_cast<const float4*>(parts + (w * 8 + row) * kHalf + (column ^ column_swizzle(row)));
+          total += weight;
+          x.x += weight * y.x;
+          x.y += weight * y.y;
+          x.z += weight * y.z;
+          x.w += weight * y.w;
+        }
+        const float scale = total == 0 ? 0 : 1 / total;
+        *reinterpret_cast<float4*>(partial_output + (r * 8 + row) * kHeadDim + half * kHalf + column) =
+            make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
+        if (half == 0 && column == 0) partial_lse[r * 8 + row] = total == 0 ? -INFINITY : shift + log2f(total);
+      }
+      __syncthreads();
+    }
+  }
+  // Half a head is a multiple of 16 columns, of 32 for head_dim 64, 128, 192 and 256.
+  __device__ __forceinline__ static int column_swizzle(int row) {
+    return kHeadDim % 64 == 0 ? (row & 3) * 8 : (row & 1) * 8;
+  }
+
+  // ---- merge ----
+  // All blocks of the grid arrive, then all go on. The words are left ready for the next launch: the count wraps to 0
+  // by itself, the epoch may start from anything.
+  __device__ __forceinline__ void grid_barrier() const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t* count = a.barrier;
+      uint32_t* epoch = a.barrier + 32;  // a line of its own
+      const uint32_t before = load_acquire(epoch);
+      __threadfence();
+      if (atomicInc(count, gridDim.x - 1) == gridDim.x - 1) {
+        __threadfence();
+        store_release(epoch, before + 1);
+      } else {
+        while (load_acquire(epoch) == before) pause_spin();
+      }
+      __threadfence();
+    }
+    __syncthreads();
+  }
+
+  // The partials of one row of a tile: the head, then the tails of the workers after the first.
+  struct Partials {
+    int count;
+    int64_t head;
+    int64_t first_tail;  // tail k (k >= 1) is row first_tail + k * tail_rows
+  };
+
+  __device__ __forceinline__ Partials partials_of(int first_unit, int units, int kind, int kv_head, int packed_row,
+                                                  int row_in_tile) const {
+    Partials partials;
+    const int first = schedule.owner(first_unit);
+    partials.count = schedule.owner(first_unit + units - 1) - first + 1;
+    partials.head = (int64_t{kind} * p.kv_num_heads + kv_head) * a.max_rows + packed_row;
+    partials.first_tail = int64_t{first} * a.tail_rows + row_in_tile;
+    return partials;
+  }
+
+  __device__ __forceinline__ const float* lse_of(const Partials& from, int part) const {
+    return part == 0 ? a.head_lse + from.head : a.tail_lse + from.first_tail + int64_t{part} * a.tail_rows;
+  }
+  __device__ __forceinline__ const float* output_of(const Partials& from, int part) const {
+    return part == 0 ? a.head_output + from.head * kHeadDim
+                     : a.tail_output + (from.first_tail + int64_t{part} * a.tail_rows) * kHeadDim;
+  }
+
+  // Rows are dealt out over the warps of the grid (kRowWarps = 1) or over its blocks, whose warps then each take a
+  // quarter of the partials (kRowWarps = 4: few rows of many partials).
+  template <int kRowWarps>
+  __device__ __forceinline__ void merge() const {
+    constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
+    constexpr int kVectors = kHeadDim / (32 * kVector);  // of each lane
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int step = kRowWarps == 1 ? gridDim.x * kWarps : gridDim.x;
+    const int rows = schedule.tokens * p.num_heads;
+    for (int index = kRowWarps == 1 ? blockIdx.x * kWarps + warp : blockIdx.x; index < rows; index += step) {
+      const int token = index / p.num_heads, head = index - token * p.num_heads;
+      const int kv_head = head / schedule.group;
+      const int packed = token * schedule.group + head - kv_head * schedule.group;
+      const int request = schedule.request_of_token[token];
+      const int request_row = packed - schedule.token_start[request] * schedule.group;
+
+      Partials prefix{0, 0, 0};
+      if (schedule.prefix_blocks > 0) {
+        const int tile = kv_head * schedule.prefix_tiles + packed / kPrefixRows;
+        prefix = partials_of(tile * schedule.prefix_blocks, schedule.prefix_blocks, 0, kv_head, packed,
+                             packed % kPrefixRows);
+      }
+      const int blocks = schedule.context_blocks(request);
+      const int tile = kv_head * schedule.context_tiles(request) + request_row / kContextRows;
+      const Partials context = partials_of(schedule.prefix_units + schedule.unit_start[request] + tile * blocks,
+                                           blocks, 1, kv_head, packed, request_row % kContextRows);
+      const int count = prefix.count + context.count;
+      const int share = (count + kRowWarps - 1) / kRowWarps;
+      const int begin = kRowWarps == 1 ? 0 : min(warp * share, count);
+      const int end = kRowWarps == 1 ? count : min(begin + share, count);
+
+      float highest = -INFINITY, total = 0;
+      float x[kVectors][kVector] = {};
+      for (int base = begin; base < end; base += 32) {
+        const int here = min(32, end - base);
+        float lse = -INFINITY;
+        if (lane < here) {
+          const int k = base + lane;
+          lse = load_other_block(k < prefix.count ? lse_of(prefix, k) : lse_of(context, k - prefix.count));
+        }
+        float new_highest = fmaxf(highest, lse);
+        for (int distance = 16; distance > 0; distance /= 2)
+          new_highest = fmaxf(new_highest, __shfl_xor_sync(kAllLanes, new_highest, distance));
+        const float shift = new_highest == -INFINITY ? 0 : new_highest;
+        const float decay = exp2_fast(highest - shift);
+        const float weight = exp2_fast(lse - shift);
+        highest = new_highest;
+        total *= decay;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) x[v][i] *= decay;
+#pragma unroll 4
+        for (int j = 0; j < here; ++j) {
+          const float w = __shfl_sync(kAllLanes, weight, j);
+          const int k = base + j;
+          const float* y = k < prefix.count ? output_of(prefix, k) : output_of(context, k - prefix.count);
+          total += w;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            float part_of_row[kVector];
+            load_vector(part_of_row, y + (v * 32 + lane) * kVector);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) x[v][i] += w * part_of_row[i];
+          }
+        }
+      }
+
+      const int s = schedule.first_token[request] + token - schedule.token_start[request];
+      uint16_t* output = static_cast<uint16_t*>(p.output) +
+                         ((int64_t{request} * p.sequence + s) * p.num_heads + head) * kHeadDim;
+      if constexpr (kRowWarps == 1) {
+        const float scale = total == 0 ? 0 : 1 / total;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          uint16_t* target = output + (v * 32 + lane) * kVector;
+          if constexpr (kVector == 1) {
+            *target = static_cast<uint16_t>(T::pack(x[v][0] * scale, 0));
+          } else {
+#pragma unroll
+            for (int i = 0; i < kVector; i += 2)
+              reinterpret_cast<uint32_t*>(target)[i / 2] = T::pack(x[v][i] * scale, x[v][i + 1] * scale);
+          }
+        }
+      } else {
+        float* sums = reinterpret_cast<float*>(query_tile);  // [4, D]
+        float* warp_scratch = reinterpret_cast<float*>(scratch);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) sums[warp * kHeadDim + (v * 32 + lane) * kVector + i] = x[v][i];
+        if (lane == 0) {
+          warp_scratch[warp] = highest;
+          warp_scratch[kWarps + warp] = total;
+        }
+        __syncthreads();
+        float peak = -INFINITY;
+        for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, warp_scratch[w]);
+        for (int column = threadIdx.x * 2; column < kHeadDim; column += kThreads * 2) {
+          float sum = 0, low = 0, high = 0;
+          for (int w = 0; w < kWarps; ++w) {
+            const float weight = exp2_fast(warp_scratch[w] - (peak == -INFINITY ? 0 : peak));
+            sum += weight * warp_scratch[kWarps + w];
+            low += weight * sums[w * kHeadDim + column];
+            high += weight * sums[w * kHeadDim + column + 1];
+          }
+          const float scale = sum == 0 ? 0 : 1 / sum;
+          reinterpret_cast<uint32_t*>(output)[column / 2] = T::pack(low * scale, high * scale);
+        }
+        __syncthreads();
+      }
+    }
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ static void load_vector(float (&x)[kVector], const float* from) {
+    if constexpr (kVector == 4) {
+      const float4 y = load_other_block(reinterpret_cast<const float4*>(from));
+      x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+    } else if constexpr (kVector == 2) {
+      const float2 y = load_other_block(reinterpret_cast<const float2*>(from));
+      x[0] = y.x, x[1] = y.y;
+    } else {
+      x[0] = load_other_block(from);
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kPrefixRows, int kContextRows>
+__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ KernelArguments arguments) {
+  Attention<T, kHeadDim, kPrefixRows, kContextRows>(arguments).run();
+}
+
+}  // namespace relay::cuda

@@ -1,0 +1,228 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+
+namespace relay::cuda {
+namespace {
+
+constexpr size_t kAlign = 256;
+
+size_t align_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__attribute__((format(printf, 4, 5))) Status fail(Status status, char* message, size_t size, const char* format, ...) {
+  if (message != nullptr && size > 0) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, size, format, arguments);
+    va_end(arguments);
+  }
+  return status;
+}
+
+bool overlap(const void* a, const void* b, size_t bytes) {
+  const uintptr_t x = reinterpret_cast<uintptr_t>(a), y = reinterpret_cast<uintptr_t>(b);
+  return x < y + bytes && y < x + bytes;
+}
+
+// An upper bound of the units of work of one launch: blocks of keys summed over all tiles.
+int64_t max_units(const RelayParams& p, const Plan& plan) {
+  const int64_t tokens = std::min<int64_t>(plan.tokens_per_launch, int64_t{p.batch} * p.sequence);
+  const int64_t group = p.num_heads / p.kv_num_heads;
+  const int64_t prefix = divide_up(tokens * group, plan.prefix_rows) * divide_up(p.prefix_length, kBlockKeys);
+  const int64_t tiles = tokens * group / plan.context_rows + std::min<int64_t>(tokens, p.batch);
+  const int64_t context = tiles * divide_up(p.max_context, kBlockKeys);
+  return p.kv_num_heads * (prefix + context);
+}
+
+}  // namespace
+
+Status check(const RelayParams& p, bool check_pointers, char* message, size_t size) {
+  const auto invalid = Status::kInvalidArgument;
+  const auto unsupported = Status::kUnsupported;
+  if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16)
+    return fail(unsupported, message, size,
+                "the CUDA kernels of RelayAttention take float16 and bfloat16 only (data type code %d); export the "
+                "model with --dtype float16 or run it on the CPU",
+                static_cast<int>(p.dtype));
+  if (p.batch < 0 || p.sequence < 0 || p.prefix_length < 0 || p.max_context < 0)
+    return fail(invalid, message, size, "negative size: batch %d, sequence %d, prefix length %d, max context %d",
+                p.batch, p.sequence, p.prefix_length, p.max_context);
+  if (p.num_heads < 1 || p.kv_num_heads < 1 || p.num_heads % p.kv_num_heads != 0)
+    return fail(invalid, message, size, "num_heads (%d) must be a positive multiple of kv_num_heads (%d)", p.num_heads,
+                p.kv_num_heads);
+  if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128 && p.head_dim != 192 && p.head_dim != 256)
+    return fail(unsupported, message, size,
+                "the CUDA kernels of RelayAttention serve head_dim 64, 96, 128, 192 and 256, not %d", p.head_dim);
+  if (p.batch > kMaxBatch)
+    return fail(unsupported, message, size, "the CUDA kernels of RelayAttention take a batch of at most %d, not %d",
+                kMaxBatch, p.batch);
+  if (!std::isfinite(p.scale) || p.scale < 0)
+    return fail(invalid, message, size, "scale must be positive, or 0 for 1/sqrt(head_dim), not %g", p.scale);
+  if (!std::isfinite(p.softcap) || p.softcap < 0)
+    return fail(invalid, message, size, "softcap must be positive, or 0 for none, not %g", p.softcap);
+  if (p.local_window_size != -1 && p.local_window_size < 1)
+    return fail(invalid, message, size, "local_window_size must be -1 (none) or at least 1, not %d",
+                p.local_window_size);
+  if (p.rotary_dim < 0 || p.rotary_dim > p.head_dim || p.rotary_dim % 2 != 0)
+    return fail(invalid, message, size, "rotary dimensions must be even and at most head_dim (%d), not %d",
+                p.head_dim, p.rotary_dim);
+  if (p.rotary_dim % 16 != 0)
+    return fail(unsupported, message, size,
+                "the CUDA kernels of RelayAttention rotate multiples of 16 dimensions, not %d", p.rotary_dim);
+  if (p.rotary_dim > 0 && p.max_positions < 1)
+    return fail(invalid, message, size, "the rotary caches are empty");
+  // Offsets inside one request's tensors are 64-bit; positions and row numbers are 32-bit.
+  if (int64_t{p.prefix_length} + p.max_context > INT32_MAX / 2 ||
+      int64_t{p.batch} * p.sequence * p.num_heads > INT32_MAX / 2)
+    return fail(unsupported, message, size, "too large for 32-bit positions: batch %d, sequence %d, prefix %d",
+                p.batch, p.sequence, p.prefix_length);
+  if (!check_pointers || p.batch == 0 || p.sequence == 0) return Status::kOk;
+
+  const struct {
+    const char* name;
+    const void* pointer;
+    bool needed;
+    size_t alignment;
+  } tensors[] = {{"query", p.query, true, 16},
+                 {"key", p.key, true, 16},
+                 {"value", p.value, true, 16},
+                 {"past_key", p.past_key, p.max_context > 0, 16},
+                 {"past_value", p.past_value, p.max_context > 0, 16},
+                 {"present_key", p.present_key, p.max_context > 0, 16},
+                 {"present_value", p.present_value, p.max_context > 0, 16},
+                 {"context_lens", p.context_lens, true, 4},
+                 {"query_lens", p.query_lens, true, 4},
+                 {"prefix_key", p.prefix_key, p.prefix_length > 0, 16},
+                 {"prefix_value", p.prefix_value, p.prefix_length > 0, 16},
+                 {"cos_cache", p.cos_cache, p.rotary_dim > 0, 16},
+                 {"sin_cache", p.sin_cache, p.rotary_dim > 0, 16},
+                 {"output", p.output, true, 16}};
+  for (const auto& tensor : tensors) {
+    if (tensor.needed && tensor.pointer == nullptr)
+      return fail(invalid, message, size, "%s is null", tensor.name);
+    if (tensor.needed && reinterpret_cast<uintptr_t>(tensor.pointer) % tensor.alignment != 0)
+      return fail(invalid, message, size, "%s must be aligned to %zu bytes", tensor.name, tensor.alignment);
+  }
+  const size_t cache = size_t{2} * p.batch * p.kv_num_heads * p.max_context * p.head_dim;
+  if (p.present_key != p.past_key && overlap(p.present_key, p.past_key, cache))
+    return fail(invalid, message, size, "present_key overlaps past_key without being the same buffer");
+  if (p.present_value != p.past_value && overlap(p.present_value, p.past_value, cache))
+    return fail(invalid, message, size, "present_value overlaps past_value without being the same buffer");
+  return Status::kOk;
+}
+
+int tokens_per_launch(const RelayParams& p, int requested) {
+  // Two float32 partials (prefix, context) per row and at most 64 MiB of them, unless a single token needs more.
+  const int64_t per_token = int64_t{2} * p.num_heads * (p.head_dim + 1) * 4;
+  const int64_t fit = std::max<int64_t>(1, (int64_t{64} << 20) / per_token);
+  const int64_t tokens = std::min<int64_t>({fit, kMaxTokensPerLaunch, std::max<int64_t>(1, int64_t{p.batch} * p.sequence)});
+  return static_cast<int>(requested > 0 ? std::min<int64_t>(requested, tokens) : tokens);
+}
+
+WorkspaceLayout workspace_layout(const RelayParams& p, int tokens, int grid) {
+  const size_t rows = size_t{2} * tokens * p.num_heads;
+  const size_t tails = static_cast<size_t>(grid) * 64;
+  WorkspaceLayout layout{};
+  layout.head_lse = align_up(rows * p.head_dim * 4);
+  layout.tail_output = layout.head_lse + align_up(rows * 4);
+  layout.tail_lse = layout.tail_output + align_up(tails * p.head_dim * 4);
+  layout.barrier = layout.tail_lse + align_up(tails * 4);
+  layout.total = layout.barrier + kBarrierBytes;
+  return layout;
+}
+
+size_t workspace_bytes(const RelayParams& p, int sm_count) {
+  if (p.batch <= 0 || p.sequence <= 0 || p.num_heads <= 0) return kBarrierBytes;
+  return workspace_layout(p, tokens_per_launch(p, 0), std::max(1, sm_count) * kMaxBlocksPerSm).total;
+}
+
+size_t shared_bytes(int head_dim, int prefix_rows, int context_rows, int depth, int batch, int tokens) {
+  // In the order of attention.cuh's SharedLayout.
+  const size_t rows = std::max(prefix_rows, context_rows);
+  const size_t query = std::max<size_t>(rows * head_dim * 2, size_t{64} * head_dim);
+  const size_t ring = size_t{2} * depth * kBlockKeys * head_dim;
+  const size_t words = 2 * rows + 32 + 4 * (static_cast<size_t>(batch) + 1);
+  return query + ring + 4 * words + (2 * static_cast<size_t>(tokens) + 15) / 16 * 16;
+}
+
+Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLimits& device, Plan* plan,
+                 char* message, size_t size) {
+  const int group = p.num_heads / p.kv_num_heads;
+  const int64_t rows = int64_t{p.batch} * p.sequence * group;
+  plan->tokens_per_launch = tokens_per_launch(p, tuning.tokens_per_launch);
+  plan->launches = static_cast<int>(divide_up(int64_t{p.batch} * p.sequence, plan->tokens_per_launch));
+  // A request's own rows fill 16 while decoding; a chunk of a prompt fills more.
+  plan->context_rows = tuning.context_rows > 0 ? tuning.context_rows : (int64_t{p.sequence} * group <= 16 ? 16 : 64);
+  plan->prefix_rows = tuning.prefix_rows > 0 ? tuning.prefix_rows : (rows <= 16 ? 16 : 64);
+  if (plan->context_rows > plan->prefix_rows) plan->prefix_rows = plan->context_rows;
+
+  const auto bytes = [&](int depth) {
+    return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch, plan->tokens_per_launch);
+  };
+  const size_t reserved = 1024;  // the driver keeps so much of each block's shared memory for itself
+  if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = plan->context_rows = 16;
+  if (bytes(2) > device.shared_bytes_per_block)
+    return fail(Status::kUnsupported, message, size,
+                "head_dim %d with a batch of %d needs %zu bytes of shared memory; this GPU gives a block %zu",
+                p.head_dim, p.batch, bytes(2), device.shared_bytes_per_block);
+  // Two resident blocks hide each other's barriers; below that, as deep as one block's memory goes.
+  const int blocks = tuning.blocks_per_sm > 0 ? std::min(tuning.blocks_per_sm, kMaxBlocksPerSm) : 2;
+  int depth = tuning.pipeline_depth > 0 ? std::clamp(tuning.pipeline_depth, 2, kMaxDepth) : kMaxDepth;
+  const auto resident = [&](int d) {
+    return static_cast<int>(std::min<size_t>(device.shared_bytes_per_sm / (bytes(d) + reserved), blocks));
+  };
+  while (depth > 2 && (bytes(depth) > device.shared_bytes_per_block ||
+                       (tuning.pipeline_depth == 0 && depth > 4 && resident(depth) < blocks)))
+    --depth;
+  if (tuning.pipeline_depth == 0 && resident(depth) < blocks) {
+    // Two blocks do not fit at four buffers either: give all to one, unless three buffers let both in.
+    if (resident(3) >= blocks) {
+      depth = 3;
+    } else {
+      depth = kMaxDepth;
+      while (depth > 2 && bytes(depth) > device.shared_bytes_per_block) --depth;
+    }
+  }
+  plan->depth = depth;
+  plan->shared_bytes = bytes(depth);
+  plan->grid = device.sm_count * std::max(1, resident(depth));
+  plan->prefix_cost = std::clamp(tuning.prefix_cost, 1, 64);
+  plan->context_cost = std::clamp(tuning.context_cost, 1, 64);
+  if (max_units(p, *plan) > INT32_MAX / 2 / 64) plan->prefix_cost = plan->context_cost = 1;
+  if (max_units(p, *plan) > INT32_MAX / 2)
+    return fail(Status::kUnsupported, message, size, "too much work for 32-bit counts: batch %d, prefix %d, context %d",
+                p.batch, p.prefix_length, p.max_context);
+  // The prefix's addresses are known before the lengths are: ask for as much of it as L2 can keep.
+  const int64_t prefix_bytes = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
+  const int64_t megabytes = tuning.l2_prefetch_mb == 0 ? 16 : std::max(0, tuning.l2_prefetch_mb);
+  plan->l2_prefetch_bytes = std::min(prefix_bytes, (megabytes << 20) / 2);
+  return Status::kOk;
+}
+
+KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int index, void* workspace, void* barrier) {
+  const WorkspaceLayout layout = workspace_layout(p, plan.tokens_per_launch, plan.grid);
+  char* base = static_cast<char*>(workspace);
+  KernelArguments a{};
+  a.params = p;
+  if (a.params.scale == 0) a.params.scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
+  a.token_begin = index * plan.tokens_per_launch;
+  a.token_end = std::min<int64_t>(a.token_begin + int64_t{plan.tokens_per_launch}, int64_t{p.batch} * p.sequence);
+  a.max_rows = plan.tokens_per_launch * (p.num_heads / p.kv_num_heads);
+  a.prefix_cost = plan.prefix_cost;
+  a.context_cost = plan.context_cost;
+  a.depth = plan.depth;
+  a.tail_rows = 64;
+  a.l2_prefetch_bytes = index == 0 ? plan.l2_prefetch_bytes : 0;
+  a.head_output = reinterpret_cast<float*>(base + layout.head_output);
+  a.head_lse = reinterpret_cast<float*>(base + layout.head_lse);
+  a.tail_output = reinterpret_cast<float*>(base + layout.tail_output);
+  a.tail_lse = reinterpret_cast<float*>(base + layout.tail_lse);
+  a.barrier = static_cast<uint32_t*>(barrier != nullptr ? barrier : base + layout.barrier);
+  return a;
+}
+
+}  // namespace relay::cuda

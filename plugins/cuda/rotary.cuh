@@ -1,0 +1,75 @@
+// Rotary embedding of 16-byte chunks (8 elements), in float32, rounded once to the storage type.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace relay::cuda {
+
+// (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), element by element.
+template <class T>
+__device__ __forceinline__ void rotate_word(uint32_t& x1, uint32_t& x2, uint32_t cosine, uint32_t sine) {
+  const float2 a = T::unpack(x1), b = T::unpack(x2), c = T::unpack(cosine), s = T::unpack(sine);
+  x1 = T::pack(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y);
+  x2 = T::pack(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y);
+}
+
+// Half-split layout: chunks x1 and x2 lie R/2 elements apart and share their angles.
+template <class T>
+__device__ __forceinline__ void rotate_halves(uint4& x1, uint4& x2, const uint4& cosine, const uint4& sine) {
+  rotate_word<T>(x1.x, x2.x, cosine.x, sine.x);
+  rotate_word<T>(x1.y, x2.y, cosine.y, sine.y);
+  rotate_word<T>(x1.z, x2.z, cosine.z, sine.z);
+  rotate_word<T>(x1.w, x2.w, cosine.w, sine.w);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t rotate_pair(uint32_t x, float cosine, float sine) {
+  const float2 a = T::unpack(x);
+  return T::pack(a.x * cosine - a.y * sine, a.y * cosine + a.x * sine);
+}
+
+// Interleaved layout: elements 2i and 2i+1 are a pair, so a chunk holds four pairs and meets four angles.
+template <class T>
+__device__ __forceinline__ void rotate_pairs(uint4& x, const uint2& cosine, const uint2& sine) {
+  const float2 c0 = T::unpack(cosine.x), c1 = T::unpack(cosine.y);
+  const float2 s0 = T::unpack(sine.x), s1 = T::unpack(sine.y);
+  x.x = rotate_pair<T>(x.x, c0.x, s0.x);
+  x.y = rotate_pair<T>(x.y, c0.y, s0.y);
+  x.z = rotate_pair<T>(x.z, c1.x, s1.x);
+  x.w = rotate_pair<T>(x.w, c1.y, s1.y);
+}
+
+// The rotary caches as rows of angles; dim = 0: no rotary.
+struct Rotary {
+  const void* cosine;
+  const void* sine;
+  int dim;
+  bool interleaved;
+
+  // Visits chunk `index` of a row at `position`: reads it (and, half-split, the chunk it is paired with) through
+  // load(chunk), rotates, and hands each result to store(chunk, value). The chunk's partner does nothing of its own.
+  template <class T, class Load, class Store>
+  __device__ __forceinline__ void visit(int index, int position, Load load, Store store) const {
+    const int half_chunks = dim / 16;  // chunks in R/2 elements
+    if (index >= 2 * half_chunks) {
+      store(index, load(index));
+    } else if (interleaved) {
+      uint4 x = load(index);
+      const size_t angle = (static_cast<size_t>(position) * half_chunks * 2 + index) * sizeof(uint2);
+      const uint2 c = *reinterpret_cast<const uint2*>(static_cast<const char*>(cosine) + angle);
+      const uint2 s = *reinterpret_cast<const uint2*>(static_cast<const char*>(sine) + angle);
+      rotate_pairs<T>(x, c, s);
+      store(index, x);
+    } else if (index < half_chunks) {
+      uint4 x1 = load(index), x2 = load(index + half_chunks);
+      const size_t angle = (static_cast<size_t>(position) * half_chunks + index) * sizeof(uint4);
+      const uint4 c = *reinterpret_cast<const uint4*>(static_cast<const char*>(cosine) + angle);
+      const uint4 s = *reinterpret_cast<const uint4*>(static_cast<const char*>(sine) + angle);
+      rotate_halves<T>(x1, x2, c, s);
+      store(index, x1);
+      store(index + half_chunks, x2);
+    }
+  }
+};
+
+}  // namespace relay::cuda
