@@ -4,8 +4,8 @@ usage: python scripts/compare.py ARTIFACT requests.jsonl [--threads 2] [--json F
 
 Each request is a JSON line with "prompt", and "expected" where the answer is known. The other side is ONNX
 Runtime's GroupQueryAttention with the full prompt in every request's cache (scripts/gqa_baseline.py): the
-same graph, weights, engine, threads and greedy sampling. Exit status 1 if fewer answers than --min-accuracy are
-right, or if the two sides disagree.
+same graph, weights, engine, threads and greedy sampling. Exit status 1 if fewer answers than --min-accuracy
+are right, or if the two sides disagree.
 """
 
 from __future__ import annotations
