@@ -1,0 +1,262 @@
+"""Export: a model folder and a system prompt become an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from tqdm import tqdm
+
+from relay_attention.errors import ArtifactError, ExportError
+from relay_attention.export.folder import replace_folder
+from relay_attention.export.graph import find_nodes, graph_output, int_attribute
+from relay_attention.export.passes import rewrite
+from relay_attention.export.passes.replace_attention import is_relay_attention
+from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
+from relay_attention.export.source import GENAI, SourceModel, detect
+from relay_attention.runtime.artifact import (
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    FileEntry,
+    Geometry,
+    IoNames,
+    Manifest,
+    PrefixInfo,
+    TokenIds,
+)
+from relay_attention.runtime.text import TOKENIZER_FILES, TOKENIZER_NAME, Tokenizer
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+_WEIGHT_ALIGNMENT = 4096
+
+
+def export_model(
+    model: str | os.PathLike[str],
+    system_prompt: str,
+    output: str | os.PathLike[str],
+    *,
+    precision: str | None = None,
+    max_context: int | None = None,
+    prefix: str = "static",
+    all_logits: bool = False,
+    template: str | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Exports a model with a system prompt into an artifact folder.
+
+    model: a Hugging Face folder (config.json, safetensors, tokenizer), or one made by onnxruntime-genai's
+    model
+        builder. Only its files are read; no code of its own is run.
+    system_prompt: the text whose keys and values are computed once.
+    output: the folder to write; an artifact that is there is replaced when all is done.
+    precision: "fp32" or "fp16" for weights and KV cache; None for fp32, or for what a genai folder holds.
+    max_context: tokens that one request may hold beside the prefix, at most the model's positions less the
+    prefix;
+        None for as many as there are, up to 4096.
+    prefix: "static" for initializers of the graph, "input" for graph inputs that the runtime binds.
+    all_logits: logits of every token ([batch, sequence, vocab]) instead of the last of each row ([batch,
+    vocab]).
+    template: "chat", "plain", or None for "chat" where the tokenizer has a chat template.
+    threads: of ONNX Runtime while the prefix is computed. progress: show bars on stderr.
+    Returns: the folder, absolute.
+    Raises: ExportError; `output` is then as it was.
+    """
+    source, output = Path(model), Path(output)
+    if prefix not in ("static", "input"):
+        raise ExportError(f"prefix is {prefix!r}; it is 'static' or 'input'")
+    if precision not in (None, *PRECISIONS):
+        raise ExportError(f"precision is {precision!r}; it is {' or '.join(PRECISIONS)}")
+    kind = detect(source)
+    with replace_folder(output) as folder:
+        tokenizer = _copy_tokenizer(source, folder)
+        prompt = tokenize(tokenizer, system_prompt, template)
+        loaded = _load(source, kind, precision)
+        max_context = choose_max_context(len(prompt.token_ids), loaded.max_positions, max_context)
+        rewrite(
+            loaded.model,
+            prefix_mode=prefix,
+            all_logits=all_logits,
+            max_positions=loaded.max_positions,
+        )
+        geometry = _geometry(loaded)
+        dtype = _dtype(loaded.model)
+        _write_model(loaded.model, folder, progress)
+        eos = loaded.eos or ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
+        entries = {
+            path.name: FileEntry.of(path) for path in sorted(folder.iterdir()) if path.name != MODEL_NAME
+        }
+        manifest = Manifest(
+            model_id=_model_id(folder, entries),
+            dtype=dtype,
+            geometry=geometry,
+            max_context=max_context,
+            prefix=PrefixInfo(prefix, 0, (), prompt.template),
+            tokens=TokenIds(tokenizer.bos_id, tuple(eos), tokenizer.pad_id),
+            logits="all" if all_logits else "last",
+            source={"kind": kind, "architecture": loaded.architecture},
+            files=entries,
+        )
+        _check_tokens(manifest)
+        del loaded  # the weights are in the folder now; the prefix is computed from there
+        bake_prefix(folder, manifest, prompt, threads=threads, progress=progress)
+    return output.resolve()
+
+
+def _load(folder: Path, kind: str, precision: str | None) -> SourceModel:
+    if kind == GENAI:
+        from relay_attention.export.genai import load_genai
+
+        loaded = load_genai(folder)
+        if precision is not None:
+            _check_precision(loaded, folder, precision)
+        return loaded
+    try:
+        from relay_attention.export.huggingface import load_huggingface
+    except ImportError as error:
+        raise ExportError(
+            f"{folder} is a Hugging Face model; exporting it needs torch, transformers and onnxscript "
+            f"(pip install 'relay-attention[export]'): {error}"
+        ) from error
+    return load_huggingface(folder, PRECISIONS[precision or "fp32"])
+
+
+def _check_precision(loaded: SourceModel, folder: Path, precision: str) -> None:
+    output = graph_output(loaded.model, "logits")
+    caches = {value.dtype for value in loaded.model.graph.inputs if value.dtype in _KV_DTYPES}
+    if output is not None and caches and caches != {_KV_DTYPES_BY_NAME[PRECISIONS[precision]]}:
+        found = ", ".join(sorted(str(dtype) for dtype in caches))
+        raise ExportError(
+            f"{folder}: built with a KV cache of {found}; its precision cannot be changed to {precision}: "
+            f"build it with -p {precision}, or leave --precision out"
+        )
+
+
+_KV_DTYPES_BY_NAME = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+_KV_DTYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
+    """Copies the tokenizer's files and opens them.
+
+    A folder without tokenizer.json, but with the files that such a tokenizer can be made from, is converted.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / TOKENIZER_NAME).is_file():
+        _convert_tokenizer(source, folder)
+    try:
+        return Tokenizer.open(folder)
+    except ArtifactError as error:
+        raise ExportError(f"{source}: {str(error).replace(str(folder), str(source))}") from error
+
+
+def _convert_tokenizer(source: Path, folder: Path) -> None:
+    if not any((source / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt")):
+        raise ExportError(
+            f"{source}: it has no tokenizer ({TOKENIZER_NAME}); save the tokenizer into the model's folder"
+        )
+    try:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_NAME))
+    except Exception as error:  # transformers raises many kinds
+        raise ExportError(
+            f"{source}: it has no {TOKENIZER_NAME}, and its tokenizer cannot be converted to one: {error}"
+        ) from error
+
+
+def _geometry(loaded: SourceModel) -> Geometry:
+    """The shape of a rewritten model, as its RelayAttention nodes state it.
+
+    Raises: ExportError if there are fewer of them than layers, or positions past a rotary table.
+    """
+    nodes = list(find_nodes(loaded.model, is_relay_attention))
+    if loaded.num_layers is not None and len(nodes) != loaded.num_layers:
+        raise ExportError(
+            f"{loaded.architecture} has {loaded.num_layers} layers, but {len(nodes)} attentions that can "
+            "be rewritten: "
+            "the other layers keep a state that the artifact cannot cache"
+        )
+    logits = graph_output(loaded.model, "logits")
+    assert logits is not None
+    vocab_size = logits.shape[-1] if logits.shape is not None and len(logits.shape) else None
+    if not isinstance(vocab_size, int):
+        raise ExportError("the size of the vocabulary is not in the shape of the graph's logits")
+    max_positions = loaded.max_positions
+    for node in nodes:
+        if int_attribute(node, "do_rotary"):
+            rows = node.inputs[9].shape[0]
+            max_positions = min(max_positions, rows) if isinstance(rows, int) else max_positions
+    return Geometry(
+        num_layers=len(nodes),
+        num_heads=tuple(int_attribute(node, "num_heads") for node in nodes),
+        kv_num_heads=tuple(int_attribute(node, "kv_num_heads") for node in nodes),
+        head_dim=tuple(int(node.inputs[3].shape[3]) for node in nodes),
+        local_window_size=tuple(int_attribute(node, "local_window_size", -1) for node in nodes),
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+    )
+
+
+def _dtype(model: ir.Model) -> str:
+    dtypes = {node.inputs[0].dtype for node in find_nodes(model, is_relay_attention)}
+    if len(dtypes) != 1:
+        raise ExportError(f"the layers' attentions are of different types: {', '.join(map(str, dtypes))}")
+    return str(dtypes.pop().numpy())
+
+
+def _write_model(model: ir.Model, folder: Path, progress: bool) -> None:
+    """model.onnx, and weights.bin with every weight, one at a time."""
+    model.producer_name = "relay-attention"
+    model.graph.name = "relay_attention"
+    with tqdm(desc="weights", unit="tensor", disable=None if progress else True) as bar:
+
+        def advance(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+            bar.total = info.total
+            bar.update()
+
+        ir.save(
+            model,
+            folder / MODEL_NAME,
+            external_data=WEIGHTS_NAME,
+            alignment=_WEIGHT_ALIGNMENT,
+            align_threshold=_WEIGHT_ALIGNMENT,
+            callback=advance,
+        )
+
+
+def _model_id(folder: Path, entries: dict[str, FileEntry]) -> str:
+    """Identity of the weights: names, types, shapes, and content, those in weights.bin by its hash."""
+    digest = hashlib.sha256()
+    names = IoNames()
+    prefixes = tuple(pattern.split("{")[0] for pattern in (names.prefix_key, names.prefix_value))
+    for tensor in sorted(load_graph(folder / MODEL_NAME).graph.initializer, key=lambda tensor: tensor.name):
+        if tensor.name.startswith(prefixes):
+            continue
+        digest.update(json.dumps([tensor.name, tensor.data_type, list(tensor.dims)]).encode())
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            digest.update(json.dumps({entry.key: entry.value for entry in tensor.external_data}).encode())
+        else:
+            digest.update(np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).tobytes())
+    if WEIGHTS_NAME in entries:
+        digest.update(entries[WEIGHTS_NAME].sha256.encode())
+    return digest.hexdigest()
+
+
+def _check_tokens(manifest: Manifest) -> None:
+    too_large = [token for token in manifest.tokens.eos if token >= manifest.geometry.vocab_size]
+    if too_large:
+        raise ExportError(
+            f"the model's end tokens {too_large} are outside its vocabulary of {manifest.geometry.vocab_size}"
+        )

@@ -1,0 +1,359 @@
+"""Hugging Face folders: a transformers model, traced by torch.onnx.export with its attention kept whole.
+
+transformers lets one register an attention function and a mask function. The ones registered here trace every
+attention as one relay.AttentionForm node with its scale, softcap and window; no mask is ever built, no cache
+is traced, and rotary embedding stays in the graph as arithmetic on position_ids. No model family has code
+here.
+
+What a model asks of its masks is found by probing: a first forward pass, in eager mode, hands over the
+function that says which keys a query sees, and that function is evaluated.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+import transformers
+
+from relay_attention.errors import ExportError
+from relay_attention.export.passes import FoldWeightTransposes, run
+from relay_attention.export.source import HUGGINGFACE, SourceModel, token_list
+
+IMPLEMENTATION = "relay"
+OPSET = 18
+# keyword arguments of attention functions that do not change what is computed
+_NEUTRAL = {
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout",
+    "is_causal", "layer_idx", "max_length_k", "max_length_q", "output_attentions", "output_hidden_states",
+    "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "position_ids",
+    "return_dict", "sliding_window", "use_cache",
+}  # fmt: skip
+_REASONS = {
+    "s_aux": "it has attention sinks, which RelayAttention has not",
+    "sinks": "it has attention sinks, which RelayAttention has not",
+    "position_bias": "it adds a learned position bias to the scores",
+    "cache": "it manages a cache of its own",
+    "indexer": "it selects keys by an indexer",
+}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope", "su"}
+
+
+class _Visibility:
+    """Stands for a mask while tracing: which keys before its own a query sees, its own included (-1: all)."""
+
+    def __init__(self, local_window_size: int):
+        self.local_window_size = local_window_size
+
+
+class _Trace:
+    """What the first, eager pass finds out, and the traced pass uses: masks in the order they are made."""
+
+    def __init__(self, max_positions: int):
+        self.max_positions = max_positions
+        self.masks: list[_Visibility] = []
+        self.replay: Iterator[_Visibility] | None = None
+        self.num_sites = 0
+
+
+_trace: _Trace | None = None
+
+
+def load_huggingface(folder: Path, dtype: str) -> SourceModel:
+    """Loads a folder's causal language model and traces it; the graph's weights are the model's own tensors.
+
+    dtype: "float32" or "float16", to which the weights are converted.
+    Raises: ExportError for a model that is not a decoder, needs code of its own, lacks weights, or whose
+        attention does not go through transformers' attention interface.
+    """
+    config = _read_config(folder)
+    text_config = config.get_text_config(decoder=True)
+    max_positions = _max_positions(text_config, folder)
+    model = _load(folder, config, getattr(torch, dtype))
+    with _registered(max_positions) as trace, torch.no_grad():
+        _probe(model, trace, folder)
+        graph = _export(model, trace)
+    eos = token_list(getattr(model.generation_config, "eos_token_id", None)) or token_list(
+        getattr(text_config, "eos_token_id", None)
+    )
+    return SourceModel(
+        model=graph,
+        kind=HUGGINGFACE,
+        architecture=type(model).__name__,
+        max_positions=max_positions,
+        num_layers=text_config.num_hidden_layers,
+        eos=eos,
+    )
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise ExportError(
+            f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}"
+        ) from error
+    architecture = (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        raise ExportError(f"{folder}: {architecture} is an encoder-decoder; only decoders can be exported")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ExportError(f"{folder}: {architecture} is not a causal language model of transformers")
+    if getattr(config, "quantization_config", None):
+        raise ExportError(
+            f"{folder}: {architecture} holds quantised weights, which torch cannot trace here: export the "
+            "folder that "
+            "onnxruntime-genai's model builder makes of it"
+        )
+    return config
+
+
+def _max_positions(config: Any, folder: Path) -> int:
+    scaling = getattr(config, "rope_parameters", None) or {}
+    per_type = [scaling, *(value for value in scaling.values() if isinstance(value, dict))]
+    for parameters in per_type:
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            raise ExportError(
+                f"{folder}: rotary embedding of type {parameters['rope_type']!r} depends on the length of "
+                "each request "
+                "and cannot share a prefix; it is not supported"
+            )
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ExportError(f"{folder / 'config.json'}: it does not say how many positions the model has")
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise ExportError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
+    missing = sorted(str(name) for name in {*info["missing_keys"], *info.get("mismatched_keys", ())})
+    if missing:
+        raise ExportError(
+            f"{folder}: the weights lack {len(missing)} tensors of the model: {', '.join(missing[:5])}"
+        )
+    return model.eval()
+
+
+@contextmanager
+def _registered(max_positions: int) -> Iterator[_Trace]:
+    """Registers the attention and mask functions for as long as a model is traced."""
+    global _trace
+    transformers.AttentionInterface.register(IMPLEMENTATION, _attention)
+    transformers.AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    _trace = _Trace(max_positions)
+    try:
+        yield _trace
+    finally:
+        _trace = None
+
+
+def _inputs() -> dict[str, torch.Tensor]:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(3).expand(2, 3).contiguous(),
+        "attention_mask": torch.ones_like(ids),
+    }
+
+
+def _probe(model: Any, trace: _Trace, folder: Path) -> None:
+    """One eager pass over two short rows: finds the masks, and refuses what cannot be traced, by name."""
+    name = type(model).__name__
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        model(**_inputs(), use_cache=False, return_dict=True)
+    except ExportError as error:
+        raise ExportError(f"{folder}: {name}: {error}") from error
+    except Exception as error:  # the model's own code
+        raise ExportError(
+            f"{folder}: {name} does not run with an attention function from outside "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if trace.num_sites != layers:
+        raise ExportError(
+            f"{folder}: {name} has {layers} layers, but {trace.num_sites} attentions that go through "
+            "transformers' "
+            "attention interface: the others keep a state that the artifact cannot cache, or attend in "
+            "code of "
+            "their own"
+        )
+
+
+def _export(model: Any, trace: _Trace) -> ir.Model:
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    trace.replay = iter(trace.masks)
+    inputs = _inputs()
+    with _quiet():
+        exported = torch.export.export(
+            _LogitsOnly(model), (), inputs, dynamic_shapes={name: dynamic for name in inputs}, strict=False
+        )
+        program = torch.onnx.export(
+            exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+        )
+    assert program is not None
+    graph = program.model
+    prefix = "model."  # of _LogitsOnly
+    for value in list(graph.graph.initializers.values()):
+        if value.name.startswith(prefix):
+            value.name = value.name.removeprefix(prefix)
+    graph.graph.outputs[0].name = "logits"
+    run(graph, [FoldWeightTransposes()])
+    with _quiet():
+        onnxscript.optimizer.optimize(graph)
+    return graph
+
+
+class _LogitsOnly(torch.nn.Module):
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        # the attention mask is given so that the model takes the rows as padded, not as packed sequences;
+        # nothing may read it but the mask function, or RemoveUnused refuses the graph
+        result: torch.Tensor = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+        ).logits
+        return result
+
+
+def _mask(mask_function: Callable[..., torch.Tensor], **arguments: Any) -> _Visibility:
+    """Mask function of the interface: a description in place of a tensor."""
+    assert _trace is not None
+    if _trace.replay is not None:
+        return next(_trace.replay)
+    visibility = _Visibility(probe_window(mask_function, _trace.max_positions))
+    _trace.masks.append(visibility)
+    return visibility
+
+
+def probe_window(mask_function: Callable[..., torch.Tensor], max_positions: int) -> int:
+    """The window of a causal mask, in keys with the query's own; -1 if every earlier key is seen.
+
+    mask_function: (batch, head, query position, key position) -> bool tensor, as transformers' masks are made
+    of.
+    Raises: ExportError if the mask is anything but causal with one window for all positions.
+    """
+    zero = torch.tensor(0)
+    keys = torch.arange(max_positions)
+
+    def seen(query: int) -> torch.Tensor:
+        visible = mask_function(zero, zero, torch.tensor(query), keys)
+        return torch.broadcast_to(visible, keys.shape)
+
+    last = max_positions - 1
+    window = int(seen(last).sum())
+    for query in sorted(
+        {0, 1, last // 3, last // 2, *range(window - 2, window + 3), last} & set(range(last + 1))
+    ):
+        expected = (keys <= query) & (query - keys < window)
+        if not torch.equal(seen(query), expected):
+            raise ExportError(
+                "its mask is not causal with a fixed window (bidirectional, chunked, or prefix mask)"
+            )
+    return -1 if window == max_positions else window
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of the interface: one node in the traced graph.
+
+    query: [batch, num_heads, sequence, head_dim]; key, value: [batch, kv_num_heads, sequence, head_dim].
+    Returns: [batch, sequence, num_heads, head_dim] as the interface wants it, and no weights.
+    """
+    assert _trace is not None
+    for name, argument in arguments.items():
+        if argument is not None and (
+            name in _REASONS or (name not in _NEUTRAL and torch.is_tensor(argument))
+        ):
+            raise ExportError(_REASONS.get(name, f"its attention takes {name!r}, which is not known here"))
+    if not isinstance(attention_mask, _Visibility):
+        raise ExportError("its attention takes a mask that is not made by transformers' mask functions")
+    batch, num_heads, sequence, head_dim = query.shape
+    kv_num_heads = key.shape[1]
+    if key.shape[-1] != head_dim or value.shape[-1] != head_dim:
+        raise ExportError(
+            f"its query, key and value have head sizes {head_dim}, {key.shape[-1]}, {value.shape[-1]}, "
+            "which differ "
+            "(multi-head latent attention?)"
+        )
+    if _trace.replay is None:
+        _trace.num_sites += 1
+        if key.shape[2] != sequence:
+            raise ExportError(f"it attends from {sequence} tokens to {key.shape[2]}: not self-attention")
+    flat = [
+        tensor.transpose(1, 2).reshape(batch, sequence, tensor.shape[1] * head_dim)
+        for tensor in (query, key, value)
+    ]
+    output = torch.onnx.ops.symbolic(
+        "relay::AttentionForm",
+        flat,
+        {
+            "num_heads": num_heads,
+            "kv_num_heads": kv_num_heads,
+            "head_dim": head_dim,
+            "scale": float(scaling) if scaling is not None else 0.0,
+            "softcap": float(softcap) if softcap else 0.0,
+            "local_window_size": attention_mask.local_window_size,
+        },
+        dtype=query.dtype,
+        shape=flat[0].shape,
+        version=1,
+    )
+    return output.reshape(batch, sequence, num_heads, head_dim), None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch's exporter and onnxscript say about their own insides."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
