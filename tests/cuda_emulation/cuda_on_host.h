@@ -51,7 +51,7 @@ namespace cuda_on_host {
 extern "C" void cuda_on_host_switch(void** save, void* load);
 asm(R"(
 .text
-.globl cuda_on_host_switch
+.weak cuda_on_host_switch
 .hidden cuda_on_host_switch
 .type cuda_on_host_switch, @function
 cuda_on_host_switch:
@@ -76,7 +76,7 @@ cuda_on_host_switch:
 extern "C" void cuda_on_host_switch(void** save, void* load);
 asm(R"(
 .text
-.globl cuda_on_host_switch
+.weak cuda_on_host_switch
 .hidden cuda_on_host_switch
 .type cuda_on_host_switch, %function
 cuda_on_host_switch:

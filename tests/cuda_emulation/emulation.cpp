@@ -8,17 +8,7 @@
 #include <string>
 
 #include "cuda_on_host.h"
-// first, so that the kernels see the host twin of ptx.cuh
-#include "kernels.cuh"
-#include "plan.h"
-
-template relay::cuda::Kernels relay::cuda::find_kernels<64>(DataType, int, int);
-#ifndef RELAY_EMULATE_ONE_HEAD_DIM
-template relay::cuda::Kernels relay::cuda::find_kernels<96>(DataType, int, int);
-template relay::cuda::Kernels relay::cuda::find_kernels<128>(DataType, int, int);
-template relay::cuda::Kernels relay::cuda::find_kernels<192>(DataType, int, int);
-template relay::cuda::Kernels relay::cuda::find_kernels<256>(DataType, int, int);
-#endif
+#include "kernels.h"
 
 namespace {
 
