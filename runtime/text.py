@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,10 +32,20 @@ TOKENIZER_FILES = (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME, T
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
 
-# User texts whose first characters tokenizers merge differently with what stands before them. The prefix is
-# what the renderings of all of them share, so that a request may start with any of these without moving the
-# boundary.
-_PROBES = ("A", "B", "b", " b", "  b", "\nb", "\n\nb", "\tb", "1", ".b", "'b", "(b", "é", "中", "🙂")
+# User texts whose first characters tokenizers merge differently with what stands before them. The prefix is what the
+# renderings of all of them share, so that a request may start in any of these ways without moving the boundary.
+_PROBES = (
+    *string.ascii_letters,
+    *string.digits,
+    *string.punctuation,
+    *"éß中あ한я🙂",
+    " b",
+    "  b",
+    "\nb",
+    "\n\nb",
+    "\tb",
+)
+_FEW_PROBES = ("A", " b", "\nb")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -214,8 +225,10 @@ class SystemPrompt:
         if tokenizer.chat_template is None:
             raise PromptError("the tokenizer has no chat template: use the template 'plain'")
         now = datetime.now().replace(microsecond=0)
-        token_ids = _shared_tokens(tokenizer, text, now)
-        if token_ids == _shared_tokens(tokenizer, text + " B", now) or not token_ids:
+        token_ids = _shared_tokens(tokenizer, text, now, _PROBES)
+        # with another system message the few must differ: else the template leaves it out, or puts it after the user's
+        few, other = (_shared_tokens(tokenizer, words, now, _FEW_PROBES) for words in (text, text + " B"))
+        if not token_ids or few == other:
             raise PromptError("the chat template does not put the system message before the user's message")
         return cls(tokenizer, text, "chat", tuple(token_ids), now.isoformat())
 
@@ -308,7 +321,7 @@ class SystemPrompt:
         if last < 0 or self.tokenizer.chat_template is None:
             return whole
         heads = set()
-        for text in _renderings(self.tokenizer.chat_template, self.text, self._now):
+        for text in _renderings(self.tokenizer.chat_template, self.text, self._now, _FEW_PROBES):
             encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
             end = encoding.offsets[last][1] if len(encoding.offsets) > last else 0
             heads.add(text[:end])
@@ -319,14 +332,14 @@ class SystemPrompt:
         return (heads.pop(), list(self.token_ids[last + 1 :])) if len(heads) == 1 else whole
 
 
-def _renderings(template: ChatTemplate, text: str, now: datetime | None) -> list[str]:
+def _renderings(template: ChatTemplate, text: str, now: datetime | None, probes: Sequence[str]) -> list[str]:
     system = {"role": "system", "content": text}
-    return [template.render([system, {"role": "user", "content": probe}], now) for probe in _PROBES]
+    return [template.render([system, {"role": "user", "content": probe}], now) for probe in probes]
 
 
-def _shared_tokens(tokenizer: Tokenizer, text: str, now: datetime) -> list[int]:
+def _shared_tokens(tokenizer: Tokenizer, text: str, now: datetime, probes: Sequence[str]) -> list[int]:
     assert tokenizer.chat_template is not None
-    texts = _renderings(tokenizer.chat_template, text, now)
+    texts = _renderings(tokenizer.chat_template, text, now, probes)
     sequences = [encoding.ids for encoding in tokenizer.backend.encode_batch(texts, add_special_tokens=False)]
     return [column[0] for column in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False))]
 
