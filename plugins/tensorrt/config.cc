@@ -94,7 +94,8 @@ const PluginFieldCollection& FieldNames() {
 }
 
 std::string ParseFields(const PluginFieldCollection* fields, Config* config) {
-  if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr)) return "no plugin fields were given";
+  if (fields == nullptr || (fields->nbFields > 0 && fields->fields == nullptr))
+    return "no plugin fields were given";
   Packed packed = Pack(*config);
   bool heads[2] = {false, false};
   for (int32_t i = 0; i < fields->nbFields; ++i) {
@@ -139,7 +140,8 @@ ConfigFields::ConfigFields(const Config& config) : layer_(config.layer) {
     fields_.emplace_back(kFloatNames[k], &floats_[k], PluginFieldType::kFLOAT32, 1);
   }
   if (!layer_.empty()) {
-    fields_.emplace_back(kLayerField, layer_.data(), PluginFieldType::kCHAR, static_cast<int32_t>(layer_.size()));
+    fields_.emplace_back(kLayerField, layer_.data(), PluginFieldType::kCHAR,
+                         static_cast<int32_t>(layer_.size()));
   }
   collection_.nbFields = static_cast<int32_t>(fields_.size());
   collection_.fields = fields_.data();

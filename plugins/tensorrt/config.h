@@ -1,4 +1,5 @@
-// What one RelayAttention layer is configured with: read from the parser's plugin fields, kept inside the plan.
+// What one RelayAttention layer is configured with: read from the parser's plugin fields, kept inside the
+// plan.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -14,18 +15,21 @@ inline constexpr char kPluginVersion[] = "1";
 
 struct Config {
   Attributes attributes;
-  std::string layer;        // name of the ONNX node, for messages
-  bool alias_cache = false;  // TensorRT 10.3+: declare present_* as the same memory as past_* (IPluginV3OneBuildV2)
+  std::string layer;  // name of the ONNX node, for messages
+  bool alias_cache =
+      false;  // TensorRT 10.3+: declare present_* as the same memory as past_* (IPluginV3OneBuildV2)
 };
 
 // Names and types of the fields that a creator takes.
 const nvinfer1::PluginFieldCollection& FieldNames();
 
-// Reads the attributes (and, from a plan, everything else) out of `fields`. Returns an empty string, or a sentence
-// that names the field that is missing, unknown, of the wrong type or of a value that the op does not have.
+// Reads the attributes (and, from a plan, everything else) out of `fields`. Returns an empty string, or a
+// sentence that names the field that is missing, unknown, of the wrong type or of a value that the op does
+// not have.
 std::string ParseFields(const nvinfer1::PluginFieldCollection* fields, Config* config);
 
-// A configuration as plugin fields that ParseFields reads back; points into itself, so it neither moves nor copies.
+// A configuration as plugin fields that ParseFields reads back; points into itself, so it neither moves nor
+// copies.
 class ConfigFields {
  public:
   explicit ConfigFields(const Config& config);

@@ -18,10 +18,17 @@ struct InputRank {
   int rank;
   Symbol symbols[4];
 };
-constexpr InputRank kRanks[kInputCount] = {
-    {3, {kB, kS, kQueryWidth}}, {3, {kB, kS, kKeyWidth}}, {3, {kB, kS, kKeyWidth}}, {4, {kB, kHkv, kC, kD}},
-    {4, {kB, kHkv, kC, kD}},    {1, {kB}},                {1, {kB}},                {3, {kHkv, kP, kD}},
-    {3, {kHkv, kP, kD}},        {2, {kM, kHalfR}},        {2, {kM, kHalfR}}};
+constexpr InputRank kRanks[kInputCount] = {{3, {kB, kS, kQueryWidth}},
+                                           {3, {kB, kS, kKeyWidth}},
+                                           {3, {kB, kS, kKeyWidth}},
+                                           {4, {kB, kHkv, kC, kD}},
+                                           {4, {kB, kHkv, kC, kD}},
+                                           {1, {kB}},
+                                           {1, {kB}},
+                                           {3, {kHkv, kP, kD}},
+                                           {3, {kHkv, kP, kD}},
+                                           {2, {kM, kHalfR}},
+                                           {2, {kM, kHalfR}}};
 
 bool IsKernelType(DataType type) {
 #if NV_TENSORRT_MAJOR >= 10
@@ -59,7 +66,9 @@ cuda::RelayParams ToParams(const Attributes& attributes, const Geometry& geometr
 
 std::string CheckKernels(const cuda::RelayParams& params) {
   char message[kMessageSize] = "the kernels refuse these shapes";
-  return cuda::check(params, /*check_pointers=*/false, message, sizeof(message)) == cuda::Status::kOk ? "" : message;
+  return cuda::check(params, /*check_pointers=*/false, message, sizeof(message)) == cuda::Status::kOk
+             ? ""
+             : message;
 }
 
 }  // namespace
@@ -76,15 +85,14 @@ bool Layer::Supports(int32_t position, int32_t input_count, int32_t output_count
 bool Layer::OutputShapes(const DimsExprs* inputs, int32_t input_count, DimsExprs* outputs,
                          int32_t output_count) const {
   if (input_count != this->input_count() || output_count != kLayerOutputs) {
-    LogError(config_.layer, "the node has " + std::to_string(input_count) + " inputs and " +
-                                std::to_string(output_count) + " outputs, expected " +
-                                std::to_string(this->input_count()) + " (do_rotary = " +
-                                std::to_string(config_.attributes.do_rotary) + ") and " +
-                                std::to_string(kLayerOutputs));
+    LogError(config_.layer,
+             "the node has " + std::to_string(input_count) + " inputs and " + std::to_string(output_count) +
+                 " outputs, expected " + std::to_string(this->input_count()) + " (do_rotary = " +
+                 std::to_string(config_.attributes.do_rotary) + ") and " + std::to_string(kLayerOutputs));
     return false;
   }
-  // Sizes that are dynamic here are given small values that agree with each other and with what is constant, so that
-  // the op's own check says whether the rest fits.
+  // Sizes that are dynamic here are given small values that agree with each other and with what is constant,
+  // so that the op's own check says whether the rest fits.
   int64_t sizes[kSymbolCount] = {1, 1, -1, -1, -1, 1, -1, 1, -1, -1};
   bool constant[kSymbolCount] = {};
   for (int32_t i = 0; i < input_count; ++i) {
@@ -185,13 +193,13 @@ int32_t Layer::Enqueue(const nvinfer1::PluginTensorDesc* descriptions, const voi
   params.present_key = outputs[kPresentKey];
   params.present_value = outputs[kPresentValue];
 
-  // TensorRT does not say how much scratch it gave: at least what WorkspaceBytes asked for the largest shapes, of
-  // which these need no more.
+  // TensorRT does not say how much scratch it gave: at least what WorkspaceBytes asked for the largest
+  // shapes, of which these need no more.
   const size_t workspace_size = cuda::workspace_bytes(params, SmCount());
   char message[kMessageSize] = "the kernels failed";
   const cuda::Status status =
-      cuda::launch(params, cuda::RelayTuning{}, workspace, workspace_size, barrier_ ? barrier_->data() : nullptr,
-                   stream, message, sizeof(message));
+      cuda::launch(params, cuda::RelayTuning{}, workspace, workspace_size,
+                   barrier_ ? barrier_->data() : nullptr, stream, message, sizeof(message));
   if (status == cuda::Status::kOk) return 0;
   LogError(config_.layer, message);
   return -1;

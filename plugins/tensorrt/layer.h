@@ -13,11 +13,13 @@ namespace relay::tensorrt {
 
 inline constexpr int32_t kLayerOutputs = static_cast<int32_t>(kOutputCount);
 
-// Device words that the kernels keep between launches (kBarrierBytes, cleared once). One per execution context and
-// layer: contexts may run at the same time, layers of one context on TensorRT's auxiliary streams as well.
+// Device words that the kernels keep between launches (kBarrierBytes, cleared once). One per execution
+// context and layer: contexts may run at the same time, layers of one context on TensorRT's auxiliary streams
+// as well.
 class Barrier {
  public:
-  // Null where the device has no memory left: the kernels then clear words of the workspace before each launch.
+  // Null where the device has no memory left: the kernels then clear words of the workspace before each
+  // launch.
   static std::unique_ptr<Barrier> Make();
   ~Barrier();
   Barrier(const Barrier&) = delete;
@@ -42,20 +44,23 @@ class Layer {
   bool Supports(int32_t position, int32_t input_count, int32_t output_count, nvinfer1::DataType position_type,
                 nvinfer1::TensorFormat format, nvinfer1::DataType type) const;
 
-  // Output dimensions from input dimensions. False, with the reason in the log, where what is known while building
-  // already contradicts the op or the kernels (number of inputs, ranks, heads, head_dim, rotary).
+  // Output dimensions from input dimensions. False, with the reason in the log, where what is known while
+  // building already contradicts the op or the kernels (number of inputs, ranks, heads, head_dim, rotary).
   bool OutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, nvinfer1::DimsExprs* outputs,
                     int32_t output_count) const;
 
-  // Scratch in bytes for these shapes or any smaller ones; 0, with the reason in the log, where they are refused.
-  size_t WorkspaceBytes(const nvinfer1::Dims* const* inputs, int32_t input_count, nvinfer1::DataType type) const;
+  // Scratch in bytes for these shapes or any smaller ones; 0, with the reason in the log, where they are
+  // refused.
+  size_t WorkspaceBytes(const nvinfer1::Dims* const* inputs, int32_t input_count,
+                        nvinfer1::DataType type) const;
 
   // Whether the kernels take these shapes; the reason goes to the log.
   bool Check(const nvinfer1::Dims* const* inputs, int32_t input_count, nvinfer1::DataType type) const;
 
-  // Enqueues the kernels on `stream`: no allocation, no synchronisation. Returns 0, or -1 with the reason in the log.
-  int32_t Enqueue(const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs, void* const* outputs,
-                  void* workspace, cudaStream_t stream) const;
+  // Enqueues the kernels on `stream`: no allocation, no synchronisation. Returns 0, or -1 with the reason in
+  // the log.
+  int32_t Enqueue(const nvinfer1::PluginTensorDesc* descriptions, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) const;
 
   void Attach();  // to an execution context
   void Detach() { barrier_.reset(); }

@@ -14,8 +14,9 @@ ILogger* FindLogger() {
   if (auto* finder = logger_finder.load()) {
     if (ILogger* logger = finder->findLogger()) return logger;
   }
-  // TensorRT 8.6 gives a finder only to libraries inside version-compatible plans. libnvinfer exports getLogger();
-  // it is looked up here, not linked, so that this library has no undefined symbol of TensorRT's.
+  // TensorRT 8.6 gives a finder only to libraries inside version-compatible plans. libnvinfer exports
+  // getLogger(); it is looked up here, not linked, so that this library has no undefined symbol of
+  // TensorRT's.
   using GetLogger = ILogger* (*)();
   static const auto get_logger = reinterpret_cast<GetLogger>(dlsym(RTLD_DEFAULT, "getLogger"));
   return get_logger ? get_logger() : nullptr;

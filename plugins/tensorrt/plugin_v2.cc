@@ -44,7 +44,8 @@ class RelayPlugin final : public nvinfer1::IPluginV2DynamicExt {
   DimsExprs getOutputDimensions(int32_t index, const DimsExprs* inputs, int32_t input_count,
                                 nvinfer1::IExprBuilder&) noexcept override {
     DimsExprs outputs[kLayerOutputs];
-    if (index < 0 || index >= kLayerOutputs || !layer_.OutputShapes(inputs, input_count, outputs, kLayerOutputs)) {
+    if (index < 0 || index >= kLayerOutputs ||
+        !layer_.OutputShapes(inputs, input_count, outputs, kLayerOutputs)) {
       DimsExprs refused{};
       refused.nbDims = -1;
       return refused;
@@ -53,8 +54,8 @@ class RelayPlugin final : public nvinfer1::IPluginV2DynamicExt {
   }
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t input_count,
                                  int32_t output_count) noexcept override {
-    return layer_.Supports(position, input_count, output_count, tensors[position].type, tensors[position].format,
-                           tensors[kQuery].type);
+    return layer_.Supports(position, input_count, output_count, tensors[position].type,
+                           tensors[position].format, tensors[kQuery].type);
   }
   void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
                        int32_t) noexcept override {}
@@ -65,8 +66,9 @@ class RelayPlugin final : public nvinfer1::IPluginV2DynamicExt {
     for (int32_t i = 0; i < input_count; ++i) shapes[i] = &inputs[i].dims;
     return layer_.WorkspaceBytes(shapes, input_count, inputs[kQuery].type);
   }
-  int32_t enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*, const void* const* inputs,
-                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+  int32_t enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*,
+                  const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
     return layer_.Enqueue(input_descriptions, inputs, outputs, workspace, stream);
   }
 
@@ -94,7 +96,8 @@ class RelayCreator final : public nvinfer1::IPluginCreator {
     config.layer = name ? name : "";
     return Make(config, ParseFields(fields, &config));
   }
-  nvinfer1::IPluginV2* deserializePlugin(const AsciiChar* name, const void* data, size_t size) noexcept override {
+  nvinfer1::IPluginV2* deserializePlugin(const AsciiChar* name, const void* data,
+                                         size_t size) noexcept override {
     Config config;
     const std::string error = Deserialize(data, size, &config);
     if (config.layer.empty() && name) config.layer = name;
@@ -126,4 +129,6 @@ RELAY_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) 
   return creators;
 }
 
-RELAY_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { relay::tensorrt::SetLoggerFinder(finder); }
+RELAY_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  relay::tensorrt::SetLoggerFinder(finder);
+}

@@ -18,12 +18,14 @@ using nvinfer1::DimsExprs;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
-// Tells TensorRT that present_* is past_* (from 10.3 on, with PreviewFeature::kALIASED_PLUGIN_IO_10_03 in the builder's
-// configuration). Off unless this environment variable is 1 while the engine is built; the plan remembers it.
+// Tells TensorRT that present_* is past_* (from 10.3 on, with PreviewFeature::kALIASED_PLUGIN_IO_10_03 in the
+// builder's configuration). Off unless this environment variable is 1 while the engine is built; the plan
+// remembers it.
 constexpr char kAliasVariable[] = "RELAY_TENSORRT_ALIAS_CACHE";
 #define RELAY_HAS_ALIAS (NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR >= 3)
 
-// Build is the interface's first version where the cache is not aliased: it asks nothing that 10.0 does not have.
+// Build is the interface's first version where the cache is not aliased: it asks nothing that 10.0 does not
+// have.
 template <class Build>
 class RelayPlugin final : public nvinfer1::IPluginV3,
                           public nvinfer1::IPluginV3OneCore,
@@ -57,24 +59,25 @@ class RelayPlugin final : public nvinfer1::IPluginV3,
     for (int32_t i = 0; i < output_count; ++i) outputs[i] = inputs[kQuery];
     return 0;
   }
-  int32_t getOutputShapes(const DimsExprs* inputs, int32_t input_count, const DimsExprs*, int32_t, DimsExprs* outputs,
-                          int32_t output_count, nvinfer1::IExprBuilder&) noexcept override {
+  int32_t getOutputShapes(const DimsExprs* inputs, int32_t input_count, const DimsExprs*, int32_t,
+                          DimsExprs* outputs, int32_t output_count,
+                          nvinfer1::IExprBuilder&) noexcept override {
     return layer_.OutputShapes(inputs, input_count, outputs, output_count) ? 0 : -1;
   }
-  bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t input_count,
-                                 int32_t output_count) noexcept override {
+  bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors,
+                                 int32_t input_count, int32_t output_count) noexcept override {
     return layer_.Supports(position, input_count, output_count, tensors[position].desc.type,
                            tensors[position].desc.format, tensors[kQuery].desc.type);
   }
-  int32_t configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count, const DynamicPluginTensorDesc*,
-                          int32_t output_count) noexcept override {
+  int32_t configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
+                          const DynamicPluginTensorDesc*, int32_t output_count) noexcept override {
     if (input_count != layer_.input_count() || output_count != kLayerOutputs) return -1;
     const Dims* largest[kInputCount];
     for (int32_t i = 0; i < input_count; ++i) largest[i] = &inputs[i].max;
     return layer_.Check(largest, input_count, inputs[kQuery].desc.type) ? 0 : -1;
   }
-  size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count, const DynamicPluginTensorDesc*,
-                          int32_t) const noexcept override {
+  size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
+                          const DynamicPluginTensorDesc*, int32_t) const noexcept override {
     if (input_count != layer_.input_count()) return 0;
     const Dims* largest[kInputCount];
     for (int32_t i = 0; i < input_count; ++i) largest[i] = &inputs[i].max;
@@ -94,8 +97,9 @@ class RelayPlugin final : public nvinfer1::IPluginV3,
     for (int32_t i = 0; i < input_count; ++i) shapes[i] = &inputs[i].dims;
     return layer_.Check(shapes, input_count, inputs[kQuery].type) ? 0 : -1;
   }
-  int32_t enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*, const void* const* inputs,
-                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+  int32_t enqueue(const PluginTensorDesc* input_descriptions, const PluginTensorDesc*,
+                  const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
     return layer_.Enqueue(input_descriptions, inputs, outputs, workspace, stream);
   }
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
@@ -155,4 +159,6 @@ RELAY_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& coun
   return creators;
 }
 
-RELAY_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { relay::tensorrt::SetLoggerFinder(finder); }
+RELAY_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  relay::tensorrt::SetLoggerFinder(finder);
+}
