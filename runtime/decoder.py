@@ -265,8 +265,7 @@ class RelayDecoder:
         prompt_ids = np.asarray(self.encode(prompt), np.int32)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         stop_token_ids = (*params.stop_token_ids, *(() if params.ignore_eos else self.manifest.tokens.eos))
-        vocab_size = self.manifest.geometry.vocab_size
-        sampler = Sampler(params, stop_token_ids, (self._prefix_ids, prompt_ids), vocab_size)
+        sampler = Sampler(params, stop_token_ids, (self._prefix_ids, prompt_ids))
         return Request(index, prompt_ids, params, self.tokenizer, sampler, self.max_context)
 
     def _prepare(

@@ -122,18 +122,14 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        params: SamplingParams,
-        stop_token_ids: Sequence[int],
-        seen: Sequence[npt.NDArray[np.int32]],
-        vocab_size: int,
+        self, params: SamplingParams, stop_token_ids: Sequence[int], seen: Sequence[npt.NDArray[np.int32]]
     ):
         """seen: arrays of the tokens before the first generated one, for the repetition penalty."""
         self.params = params
         self._stop_token_ids = np.array(sorted(set(stop_token_ids)), np.int64)
         self._generator = np.random.default_rng(params.seed) if params.temperature > 0 else None
-        self._seen_before, self._vocab_size = seen, vocab_size
-        self._seen: npt.NDArray[np.bool_] | None = None
+        self._before = seen
+        self._seen: npt.NDArray[np.int32] | None = None
 
     def is_stop(self, token_id: int) -> bool:
         """Whether this token ends the request."""
@@ -155,7 +151,7 @@ class Sampler:
             logits[self._stop_token_ids] = -np.inf
         token_id = int(logits.argmax()) if self._generator is None else self._draw(logits, self._generator)
         if self._seen is not None:
-            self._seen[token_id] = True
+            self._seen = np.append(self._seen, np.int32(token_id))
         return token_id
 
     def logprobs(self, logits: Floats, token_id: int) -> TokenLogprobs | None:
@@ -173,22 +169,24 @@ class Sampler:
 
     def _penalize(self, logits: Floats) -> Floats:
         if self._seen is None:  # made here, as a waiting request needs none
-            self._seen = np.zeros(self._vocab_size, bool)
-            for token_ids in self._seen_before:
-                self._seen[token_ids] = True
+            self._seen = np.unique(np.concatenate(self._before))
         penalty = np.float32(self.params.repetition_penalty)
-        changed = np.where(logits < 0, logits * penalty, logits / penalty)
-        return np.where(self._seen, changed, logits)
+        seen = logits[self._seen]
+        logits = logits.copy()
+        logits[self._seen] = np.where(seen < 0, seen * penalty, seen / penalty)
+        return logits
 
     def _draw(self, logits: Floats, generator: np.random.Generator) -> int:
         params = self.params
         # the maximum goes first: logits / temperature overflows where the temperature is tiny
         scaled = (logits - logits.max()) / np.float32(max(params.temperature, 1e-20))
-        candidates = np.arange(len(scaled))
         if 0 < params.top_k < len(scaled):
             least = np.partition(scaled, -params.top_k)[-params.top_k]
             candidates = np.flatnonzero(scaled >= least)
-        weights = np.exp(scaled[candidates], dtype=np.float64)
+            scaled = scaled[candidates]
+        else:
+            candidates = np.arange(len(scaled))
+        weights = np.exp(scaled).astype(np.float64)
         weights /= weights.sum()
         if params.top_p < 1:
             kept = _nucleus(weights, params.top_p)
@@ -203,9 +201,13 @@ class Sampler:
 
 def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
     """Indices, ascending, of the fewest largest weights whose sum reaches top_p; weights [n] sum to 1."""
-    # those below (1 - p) / n sum to less than 1 - p, so none of them is in the nucleus: only the others are
-    # sorted
-    index = np.flatnonzero(weights >= (1 - top_p) / len(weights))
+    count = 256  # sorting a whole vocabulary takes longer than a small model's step
+    while True:
+        least = np.partition(weights, -count)[-count] if count < len(weights) else 0
+        index = np.flatnonzero(weights >= least)
+        if count >= len(weights) or weights[index].sum() >= top_p:
+            break
+        count *= 8
     order = index[np.argsort(-weights[index], kind="stable")]
     before = np.cumsum(weights[order]) - weights[order]
     return np.sort(order[before < top_p])

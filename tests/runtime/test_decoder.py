@@ -80,7 +80,7 @@ def test_a_freed_slot_is_used_at_once(make, vocab_size):
 
 def test_idle_prefill_is_one_ragged_call(make):
     """32 suffixes of up to 64 tokens, nothing decoding: one call."""
-    decoder = make(max_batch=32)
+    decoder = make(max_batch=32, max_context=80)
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)
     decoder.generate([[1] * (33 + n) for n in range(32)], params)
     assert decoder.backend.calls[0] == (0, 32, 64)

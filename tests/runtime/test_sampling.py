@@ -9,8 +9,8 @@ from relay_attention.runtime.sampling import Sampler, SamplingParams
 VOCAB = 50
 
 
-def sampler(vocab_size: int = VOCAB, stop=(), seen=(), **params) -> Sampler:
-    return Sampler(SamplingParams(**params), stop, [np.asarray(seen, np.int32)], vocab_size)
+def sampler(stop=(), seen=(), **params) -> Sampler:
+    return Sampler(SamplingParams(**params), stop, [np.asarray(seen, np.int32)])
 
 
 def random_logits(seed: int = 0, size: int = VOCAB) -> np.ndarray:
@@ -24,7 +24,7 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 def drawn(logits: np.ndarray, count: int = 4000, **params) -> np.ndarray:
     """Frequencies of the tokens drawn."""
-    chooser = sampler(len(logits), **({"temperature": 1.0, "seed": 1} | params))
+    chooser = sampler(**({"temperature": 1.0, "seed": 1} | params))
     return np.bincount([chooser.sample(logits, 0) for _ in range(count)], minlength=len(logits)) / count
 
 
@@ -78,6 +78,18 @@ def test_top_p(top_p):
 
 def test_top_p_of_equal_tokens():
     assert np.count_nonzero(drawn(np.zeros(VOCAB, np.float32), top_p=0.5)) == VOCAB // 2
+
+
+def test_top_p_of_a_flat_large_vocabulary():
+    """The nucleus is searched among growing numbers of tokens; here it is most of them."""
+    logits = random_logits(1, 5000) / 30
+    chooser = sampler(temperature=1.0, top_p=0.9, seed=0)
+    weights = probabilities(logits)
+    order = np.argsort(-weights)
+    kept = set(order[: int(np.searchsorted(np.cumsum(weights[order]), 0.9)) + 1].tolist())
+    drawn_tokens = {chooser.sample(logits, 0) for _ in range(3000)}
+    assert drawn_tokens <= kept
+    assert len(drawn_tokens) > 1500
 
 
 def test_min_p():
@@ -144,12 +156,10 @@ def test_logits_are_left_alone():
 
 def test_seed():
     logits = random_logits(size=1000) / 10
-    runs = [
-        [sampler(1000, temperature=1, seed=seed).sample(logits, 0) for seed in range(30)] for _ in range(2)
-    ]
+    runs = [[sampler(temperature=1, seed=seed).sample(logits, 0) for seed in range(30)] for _ in range(2)]
     assert runs[0] == runs[1]
     assert len(set(runs[0])) > 10
-    assert len({sampler(1000, temperature=1).sample(logits, 0) for _ in range(30)}) > 10, (
+    assert len({sampler(temperature=1).sample(logits, 0) for _ in range(30)}) > 10, (
         "no seed, another each time"
     )
 
@@ -162,7 +172,7 @@ def test_last_bits_of_the_logits_rarely_matter():
         logits = random_logits(seed, 500)
         noisy = logits + generator.uniform(-1e-6, 1e-6, 500).astype(np.float32)
         options = {"temperature": 1.0, "top_k": 100, "top_p": 0.95, "seed": seed}
-        differing += sampler(500, **options).sample(logits, 0) != sampler(500, **options).sample(noisy, 0)
+        differing += sampler(**options).sample(logits, 0) != sampler(**options).sample(noisy, 0)
     assert differing <= 1
 
 
