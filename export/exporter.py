@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from relay_attention.export.folder import replace_folder
 from relay_attention.export.graph import find_nodes, graph_output, int_attribute
 from relay_attention.export.passes import rewrite
 from relay_attention.export.passes.replace_attention import is_relay_attention
+from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
 from relay_attention.export.source import GENAI, SourceModel, detect
 from relay_attention.runtime.artifact import (
@@ -105,7 +107,14 @@ def export_model(
         )
         _check_tokens(manifest)
         del loaded  # the weights are in the folder now; the prefix is computed from there
-        bake_prefix(folder, manifest, prompt, threads=threads, progress=progress)
+        bake_prefix(
+            folder,
+            manifest,
+            prompt,
+            threads=threads,
+            progress=progress,
+            check=partial(check_pieces, manifest=manifest),
+        )
     return output.resolve()
 
 

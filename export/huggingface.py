@@ -12,6 +12,7 @@ function that says which keys a query sees, and that function is evaluated.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,9 @@ def _max_positions(config: Any, folder: Path) -> int:
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -147,6 +151,9 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # transformers raises many kinds
         raise ExportError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     missing = sorted(str(name) for name in {*info["missing_keys"], *info.get("mismatched_keys", ())})
     if missing:
         raise ExportError(

@@ -9,7 +9,7 @@ import dataclasses
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,7 +138,13 @@ def make_prefix(
 
 
 def bake_prefix(
-    folder: Path, manifest: Manifest, prompt: SystemPrompt, *, threads: int | None, progress: bool
+    folder: Path,
+    manifest: Manifest,
+    prompt: SystemPrompt,
+    *,
+    threads: int | None,
+    progress: bool,
+    check: Callable[[onnxruntime.InferenceSession], None] | None = None,
 ) -> Manifest:
     """Computes the prefix of a folder whose model, weights and tokenizer are in place, and writes the rest.
 
@@ -168,8 +174,12 @@ def bake_prefix(
     set_prefix(model, manifest.io.prefix_key, manifest.io.prefix_value, manifest.geometry, None)
     scratch = folder / _SCRATCH_MODEL
     onnx.save(model, scratch)
-    file = compute_prefix(folder, scratch, manifest, threads=threads, progress=progress)
+    session = open_session(scratch, threads)
     scratch.unlink()
+    if check is not None:
+        check(session)
+    file = compute_prefix(session, folder, manifest, progress=progress)
+    del session
     if info.mode == "static":
         set_prefix(model, manifest.io.prefix_key, manifest.io.prefix_value, manifest.geometry, file)
     onnx.save(model, folder / MODEL_NAME)
@@ -215,17 +225,21 @@ def set_prefix(
 
 
 def compute_prefix(
-    folder: Path, model: Path, manifest: Manifest, *, threads: int | None, progress: bool, chunk: int = CHUNK
+    session: onnxruntime.InferenceSession,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    progress: bool,
+    chunk: int = CHUNK,
 ) -> PrefixFile:
     """Runs the prefix tokens through a graph with an empty prefix; its caches are prefix.bin, mapped.
 
     The keys and values of the tokens are written into the file as the op appends them, so memory holds one
     chunk's activations and as much of the file as the system likes to keep.
-    Raises: ExportError if the keys or values are not finite; BackendError if the session cannot be made.
+    Raises: ExportError if the keys or values are not finite; BackendError if the session fails.
     """
     header, io = PrefixHeader.of(manifest), manifest.io
     token_ids = np.asarray(manifest.prefix.token_ids, np.int32)
-    session = open_session(model, threads)
     with _mapped(folder / manifest.prefix.file, header) as (file, caches):
         binding = session.io_binding()
         dtype = np.dtype(header.dtype)
@@ -236,11 +250,7 @@ def compute_prefix(
                 address = cache.ctypes.data
                 binding.bind_input(past.format(layer=layer), "cpu", 0, dtype, shape, address)
                 binding.bind_output(present.format(layer=layer), "cpu", 0, dtype, shape, address)
-            if manifest.prefix.mode == "input":
-                empty = np.zeros((heads, 0, head_dim), dtype)
-                for name in (io.prefix_key, io.prefix_value):
-                    binding.bind_cpu_input(name.format(layer=layer), empty)
-        binding.bind_output(io.logits, "cpu")
+        bind_empty_prefix(binding, manifest)
         with tqdm(
             total=len(token_ids), unit="token", desc="prefix", disable=None if progress else True
         ) as bar:
@@ -249,7 +259,8 @@ def compute_prefix(
                 binding.bind_cpu_input(io.input_ids, np.ascontiguousarray(part))
                 binding.bind_cpu_input(io.context_lens, np.array([start], np.int32))
                 binding.bind_cpu_input(io.query_lens, np.array([part.shape[1]], np.int32))
-                _run(session, binding)
+                binding.bind_output(io.logits, "cpu")  # anew: its shape may change
+                run_bound(session, binding)
                 bar.update(part.shape[1])
         for layer, pair in enumerate(caches):
             for what, cache in zip(("keys", "values"), pair, strict=True):
@@ -260,6 +271,17 @@ def compute_prefix(
                         f"{header.dtype} is too narrow for this model"
                     )
     return file
+
+
+def bind_empty_prefix(binding: onnxruntime.IOBinding, manifest: Manifest) -> None:
+    """Binds a prefix of length 0 where the graph takes it as input; in "static" graphs it is there
+    already."""
+    if manifest.prefix.mode == "static":
+        return
+    for layer, (heads, head_dim) in enumerate(manifest.geometry.layers):
+        empty = np.zeros((heads, 0, head_dim), manifest.dtype)
+        for name in (manifest.io.prefix_key, manifest.io.prefix_value):
+            binding.bind_cpu_input(name.format(layer=layer), empty)
 
 
 def open_session(
@@ -280,11 +302,12 @@ def open_session(
         raise BackendError(f"{model}: ONNX Runtime cannot load the graph: {error}") from error
 
 
-def _run(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:
+def run_bound(session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding) -> None:
+    """Runs a bound session. Raises: BackendError with the engine's words."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # onnxruntime raises many kinds
-        raise BackendError(f"ONNX Runtime failed to compute the prefix: {error}") from error
+        raise BackendError(f"ONNX Runtime failed to run the graph: {error}") from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from relay_attention.export.prefix import load_graph
 from relay_attention.runtime.artifact import MODEL_NAME, Artifact
 from relay_attention.runtime.backend import load_backend
 
-RELATIVE_TOLERANCE = {"float32": 1e-3, "float16": 3e-2}
+RELATIVE_TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
 LONGEST_PROMPT = 48
 _PIECE = 1 << 24  # elements of a weight that are read at a time
 
@@ -115,7 +115,7 @@ class VerifyReport:
             lines.append(f"NaN or Inf in: {', '.join(self.not_finite)}")
         agreed = sum(request.status in ("match", "tie") for request in self.requests)
         ties = sum(request.ties for request in self.requests)
-        tied = f" ({ties} tokens are ties)" if ties else ""
+        tied = f" (tied tokens: {ties})" if ties else ""
         lines.append(
             f"{'ok' if self.ok else 'MISMATCH'}: {agreed} of {len(self.requests)} requests agree{tied}"
         )
@@ -140,7 +140,7 @@ def verify(
     folder.
     requests: prompts of random tokens, of 1 to 48 tokens as far as max_context allows, decoded as one ragged
     batch
-        that is prefilled in two calls. new_tokens: of each. tolerance: relative, None for 1e-3 (float32) or
+        that is prefilled in two calls. new_tokens: of each. tolerance: relative, None for 2e-4 (float32) or
         3e-2 (float16).
     Raises: ArtifactError if a file of the artifact is damaged; ExportError if the reference cannot be loaded
     or is

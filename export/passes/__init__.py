@@ -64,6 +64,8 @@ def pipeline(
         common.TopologicalSortPass(),
         RemoveUnused(),
         RefuseLeftovers(),
+        # what the exporter noted of its own stack and folders
+        common.ClearMetadataAndDocStringPass(),
     ]
 
 

@@ -8,11 +8,10 @@ import onnx_ir as ir
 from relay_attention.export.forms import match
 from relay_attention.export.graph import add_input, constant, find_nodes, refuse
 from relay_attention.export.site import AttentionSite
+from relay_attention.plugins.schema import DOMAIN, MAX_HEAD_DIM, OP_TYPE, PLUGIN_VERSION, SINCE_VERSION
 from relay_attention.runtime.artifact import IoNames
 
-DOMAIN, OP_TYPE = "relay", "RelayAttention"
 _NAMES = IoNames()
-_MAX_HEAD_DIM = 256
 
 
 def is_relay_attention(node: ir.Node) -> bool:
@@ -41,7 +40,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
         for layer, site in enumerate(sites):
             self._replace(model, layer, site)
         if sites:
-            model.graph.opset_imports[DOMAIN] = 1
+            model.graph.opset_imports[DOMAIN] = SINCE_VERSION
         return ir.passes.PassResult(model, bool(sites))
 
     def ensures(self, model: ir.Model) -> None:
@@ -82,7 +81,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
                 "do_rotary": int(site.rotary is not None),
                 "rotary_interleaved": int(site.rotary is not None and site.rotary.interleaved),
                 # TensorRT's parser finds the plugin by these two
-                "plugin_version": "1",
+                "plugin_version": PLUGIN_VERSION,
                 "plugin_namespace": DOMAIN,
             },
             domain=DOMAIN,
@@ -109,8 +108,8 @@ def _check(site: AttentionSite) -> None:
     if len(dtypes) > 1 or not dtypes <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise refuse(site.node, f"its inputs are of type {found}; all must be FLOAT or all FLOAT16")
-    if site.head_dim % 8 or not 8 <= site.head_dim <= _MAX_HEAD_DIM:
-        raise refuse(site.node, f"head_dim {site.head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}")
+    if site.head_dim % 8 or not 8 <= site.head_dim <= MAX_HEAD_DIM:
+        raise refuse(site.node, f"head_dim {site.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
     if site.num_heads % site.kv_num_heads:
         raise refuse(
             site.node, f"num_heads {site.num_heads} is not a multiple of kv_num_heads {site.kv_num_heads}"
