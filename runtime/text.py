@@ -32,8 +32,9 @@ TOKENIZER_FILES = (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, SPECIAL_TOKENS_NAME, T
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]] | Sequence[Message]
 
-# User texts whose first characters tokenizers merge differently with what stands before them. The prefix is what the
-# renderings of all of them share, so that a request may start in any of these ways without moving the boundary.
+# User texts whose first characters tokenizers merge differently with what stands before them. The prefix is
+# what the renderings of all of them share, so that a request may start in any of these ways without moving
+# the boundary.
 _PROBES = (
     *string.ascii_letters,
     *string.digits,
@@ -226,7 +227,8 @@ class SystemPrompt:
             raise PromptError("the tokenizer has no chat template: use the template 'plain'")
         now = datetime.now().replace(microsecond=0)
         token_ids = _shared_tokens(tokenizer, text, now, _PROBES)
-        # with another system message the few must differ: else the template leaves it out, or puts it after the user's
+        # with another system message the few must differ: else the template leaves it out, or puts it after
+        # the user's
         few, other = (_shared_tokens(tokenizer, words, now, _FEW_PROBES) for words in (text, text + " B"))
         if not token_ids or few == other:
             raise PromptError("the chat template does not put the system message before the user's message")
