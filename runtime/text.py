@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -226,12 +226,14 @@ class SystemPrompt:
         if tokenizer.chat_template is None:
             raise PromptError("the tokenizer has no chat template: use the template 'plain'")
         now = datetime.now().replace(microsecond=0)
-        token_ids = _shared_tokens(tokenizer, text, now, _PROBES)
-        # with another system message the few must differ: else the template leaves it out, or puts it after
-        # the user's
-        few, other = (_shared_tokens(tokenizer, words, now, _FEW_PROBES) for words in (text, text + " B"))
-        if not token_ids or few == other:
+        texts = _renderings(tokenizer.chat_template, text, now, _FEW_PROBES)
+        shared = _shared(map(tokenizer.encode, texts))
+        other = _renderings(tokenizer.chat_template, text + " B", now, _FEW_PROBES)
+        if not shared or shared == _shared(map(tokenizer.encode, other)):
             raise PromptError("the chat template does not put the system message before the user's message")
+        head, count = _restart(tokenizer, texts, shared)
+        texts = _renderings(tokenizer.chat_template, text, now, _PROBES)
+        token_ids = shared[:count] + _shared(tokenizer.encode(text.removeprefix(head)) for text in texts)
         return cls(tokenizer, text, "chat", tuple(token_ids), now.isoformat())
 
     @classmethod
@@ -254,11 +256,9 @@ class SystemPrompt:
         if isinstance(prompt, str):
             if not prompt:
                 raise PromptError("the prompt is empty")
-            return (
-                self._render([{"role": "user", "content": prompt}])
-                if self.template == "chat"
-                else self._plain(prompt)
-            )
+            if self.template == "plain":
+                return self.tokenizer.encode(prompt)
+            return self._render([{"role": "user", "content": prompt}])
         if isinstance(prompt, np.ndarray):
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -275,9 +275,6 @@ class SystemPrompt:
             )
         return self._render(list(prompt))  # type: ignore[arg-type]
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
     def _render(self, messages: list[Message]) -> list[int]:
         chat_template = self.tokenizer.chat_template
         if self.template != "chat" or chat_template is None:
@@ -291,11 +288,8 @@ class SystemPrompt:
                 "the prompt starts with a system message that is not the one the artifact was made with"
             )
         text = chat_template.render(messages, self._now)
-        head, token_ids = self._restart
-        if head and text.startswith(head):
-            tail = self.tokenizer.encode(text[len(head) :])
-        else:
-            tail, token_ids = self.tokenizer.encode(text), list(self.token_ids)
+        head, count = self._head if text.startswith(self._head[0]) else ("", 0)
+        tail, token_ids = self.tokenizer.encode(text.removeprefix(head)), list(self.token_ids[count:])
         if tail[: len(token_ids)] != token_ids:
             raise PromptError(
                 "as the chat template renders it, the prompt does not begin with the artifact's system prompt"
@@ -307,31 +301,10 @@ class SystemPrompt:
         return datetime.fromisoformat(self.rendered_at) if self.rendered_at else None
 
     @cached_property
-    def _restart(self) -> tuple[str, list[int]]:
-        """Where tokenizing may start: the rendered text before that place, and the prefix tokens that come
-        after it.
-
-        Special tokens are split off before all else, so what follows one does not depend on what stands
-        before: a long system prompt need not be tokenized for every request. ("", whole prefix) where the
-        tokenizer breaks that rule.
-        """
-        special = {
-            id for id, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.special
-        }
-        last = next((i for i in range(len(self.token_ids) - 1, -1, -1) if self.token_ids[i] in special), -1)
-        whole: tuple[str, list[int]] = ("", list(self.token_ids))
-        if last < 0 or self.tokenizer.chat_template is None:
-            return whole
-        heads = set()
-        for text in _renderings(self.tokenizer.chat_template, self.text, self._now, _FEW_PROBES):
-            encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
-            end = encoding.offsets[last][1] if len(encoding.offsets) > last else 0
-            heads.add(text[:end])
-            if encoding.ids[: last + 1] != list(self.token_ids[: last + 1]):
-                return whole
-            if self.tokenizer.encode(text[end:]) != encoding.ids[last + 1 :]:
-                return whole
-        return (heads.pop(), list(self.token_ids[last + 1 :])) if len(heads) == 1 else whole
+    def _head(self) -> tuple[str, int]:
+        assert self.tokenizer.chat_template is not None
+        texts = _renderings(self.tokenizer.chat_template, self.text, self._now, _FEW_PROBES)
+        return _restart(self.tokenizer, texts, self.token_ids)
 
 
 def _renderings(template: ChatTemplate, text: str, now: datetime | None, probes: Sequence[str]) -> list[str]:
@@ -339,11 +312,30 @@ def _renderings(template: ChatTemplate, text: str, now: datetime | None, probes:
     return [template.render([system, {"role": "user", "content": probe}], now) for probe in probes]
 
 
-def _shared_tokens(tokenizer: Tokenizer, text: str, now: datetime, probes: Sequence[str]) -> list[int]:
-    assert tokenizer.chat_template is not None
-    texts = _renderings(tokenizer.chat_template, text, now, probes)
-    sequences = [encoding.ids for encoding in tokenizer.backend.encode_batch(texts, add_special_tokens=False)]
+def _shared(sequences: Iterable[list[int]]) -> list[int]:
+    """The longest common beginning."""
     return [column[0] for column in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False))]
+
+
+def _restart(tokenizer: Tokenizer, texts: Sequence[str], token_ids: Sequence[int]) -> tuple[str, int]:
+    """Where tokenizing texts that all begin with `token_ids` may start: (the text before, tokens in it).
+
+    Special tokens are split off before all else, so what follows one does not depend on what stands before
+    it: a long system prompt need not be tokenized for every request. ("", 0) where a tokenizer does not keep
+    to that.
+    """
+    special = {id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    count = max((place + 1 for place, token_id in enumerate(token_ids) if token_id in special), default=0)
+    heads = set()
+    for text in texts:
+        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        if not count or encoding.ids[:count] != list(token_ids[:count]):
+            return "", 0
+        head = text[: encoding.offsets[count - 1][1]]
+        if tokenizer.encode(text.removeprefix(head)) != encoding.ids[count:]:
+            return "", 0
+        heads.add(head)
+    return (heads.pop(), count) if len(heads) == 1 else ("", 0)
 
 
 def _describe(value: object) -> str:

@@ -1,4 +1,4 @@
-"""A tiny random decoder as an artifact, the same decoder in NumPy, and a backend that only remembers tokens."""
+"""A tiny random decoder as an artifact, the same in NumPy, and a backend that only remembers tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from relay_attention.runtime.text import SystemPrompt, Tokenizer
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MAX_POSITIONS = 2, 4, 2, 8, 32, 512
 SYSTEM_PROMPT = "Answer the user's questions from this directory: Ann 12, Bob 7, Zoë 41. Be kind. " * 2
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n"
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ a", "Ġ t", "Ġt h", "Ġth e", "Ċ Ċ", "Ã ©", "s t", "o p", "st op"]
@@ -50,7 +51,7 @@ def byte_tokenizer() -> FastTokenizer:
 
 
 class NumpyDecoder:
-    """The tiny decoder in float64, one sequence at a time, without cache, prefix or batch: what must come out."""
+    """The tiny decoder in float64, one sequence at a time, without cache, prefix or batch."""
 
     def __init__(self, vocab_size: int, seed: int = 0):
         generator = np.random.default_rng(seed)
@@ -248,8 +249,8 @@ def make_artifact(
 class FakeBackend:
     """A backend without a model: a slot is the list of its tokens, and the logits follow from all of them.
 
-    `chain` maps the last token to the next one; where it is silent, logits are random, seeded by the slot's content.
-    `calls` records (first row, rows, sequence) of every step, `log` anything else.
+    `chain` maps all tokens to the next one; where it gives None, logits are random, seeded by the tokens.
+    `calls` records (first row, rows, sequence) of every step, `moves` (source, target, length) of every move.
     """
 
     def __init__(self, vocab_size: int, chain: Callable[[list[int]], int | None] = lambda tokens: None):

@@ -1,4 +1,4 @@
-"""Slots, queue, streaming and errors, on a backend that only remembers tokens: what was cached decides the logits."""
+"""Slots, queue, streaming and errors, on a backend that only remembers tokens: they decide the logits."""
 
 import threading
 
@@ -49,7 +49,7 @@ def random_prompts(count: int, longest: int, vocab_size: int, seed: int = 0) -> 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("prefill_chunk", [1, 5, 16, 1000])
 def test_more_requests_than_slots(make, vocab_size, max_batch, prefill_chunk):
-    """Ragged prompts and answers: every request gives what it gives alone, in any number of slots and any chunks."""
+    """Every request gives what it gives alone, ragged, in any number of slots and chunks of any size."""
     decoder = make(max_batch=max_batch, prefill_chunk=prefill_chunk)
     prompts = random_prompts(25, 40, vocab_size)
     lengths = np.random.default_rng(1).integers(1, 25, len(prompts)).tolist()
@@ -444,7 +444,7 @@ def test_ctrl_c_keeps_finished_results(make, where):
     assert isinstance(caught.value, GenerationInterrupted)
     results = caught.value.results
     assert [result.finish_reason for result in results] == ["length", "aborted", "aborted", "aborted"]
-    assert [len(result.token_ids) for result in results][0] == 2
+    assert len(results[0].token_ids) == 2
     assert len(results[1].token_ids) > 2
     assert results[3].token_ids == []
     assert results[1].text == decoder.tokenizer.decode(results[1].token_ids)

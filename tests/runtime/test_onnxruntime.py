@@ -1,4 +1,4 @@
-"""The tiny decoder in ONNX Runtime, through the op library, against itself in NumPy float64 over the whole prompt."""
+"""The tiny decoder in ONNX Runtime with the op library, against itself in float64 over the whole prompt."""
 
 import shutil
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_hot_swap(load, make_artifact, tmp_path, input_artifact, artifact, numpy
 
 
 def test_seeded_sampling_in_any_batch(load, prompts):
-    """Real logits of real batches: the same seed gives the same tokens alone, in company, and in other slots."""
+    """Real logits of real batches: the same seed gives the same tokens alone, in company, in other slots."""
     params = [
         SamplingParams(max_new_tokens=20, temperature=0.9, top_k=60, top_p=0.95, seed=seed, ignore_eos=True)
         for seed in range(len(prompts))

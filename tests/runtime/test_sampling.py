@@ -165,7 +165,7 @@ def test_seed():
 
 
 def test_last_bits_of_the_logits_rarely_matter():
-    """What another batch size may change: draws from logits with errors of 1e-6 agree but for about one in 1e5."""
+    """What another batch size may change: draws from logits that differ by 1e-6 nearly always agree."""
     generator = np.random.default_rng(0)
     differing = 0
     for seed in range(300):

@@ -13,9 +13,9 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# what templates in the wild use: macros, namespaces, loop controls, tojson, dates, generation blocks, exceptions
+# what templates use: macros, namespaces, loop controls, tojson, dates, generation blocks, exceptions
 ELABORATE = """
-{%- if strftime_now is defined %}{% set date = strftime_now("%d %b %Y") %}{% else %}{% set date = "never" %}{% endif -%}
+{%- set date = strftime_now("%d %b %Y") if strftime_now is defined else "never" -%}
 {% macro header(role) %}<|im_start|>{{ role }} {{ strftime_now("%Y") }}{% endmacro %}
 {% set ns = namespace(last='') %}
 {{ bos_token }}Today: {{ date }}
@@ -24,8 +24,8 @@ ELABORATE = """
         {% if message.role == 'bad' %}{{ raise_exception('no bad roles <here>') }}{% endif %}
         {% set ns.last = message.role %}
 {{ header(message.role) }}
-{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{ message.content
-}}{% endif %}{{ {'é<': [1, message.content]} | tojson }}<|im_end|>
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{
+message.content }}{% endif %}{{ {'é<': [1, message.content]} | tojson }}<|im_end|>
     {% endfor %}
 {% if add_generation_prompt %}{{ header('assistant') }} after {{ ns.last }}{% endif %}"""
 DATED = "Date {{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}\n" + CHATML
@@ -37,7 +37,7 @@ def chat_tokenizer(byte_tokenizer, template=CHATML, **special) -> Tokenizer:
 
 @pytest.fixture(params=["special", "plain text", "spaces"])
 def tokenizer(request, byte_tokenizer) -> Tokenizer:
-    """Templates whose turns end with special tokens, or with text only, and one that puts a space before the user."""
+    """Turns that end with special tokens, or with text only, and a space before the user's text."""
     template = {
         "special": "{{ bos_token }}" + CHATML,
         "plain text": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}assistant: ",
@@ -70,7 +70,7 @@ def test_several_turns(tokenizer):
 
 
 def test_long_prefix_is_not_tokenized_again(byte_tokenizer):
-    """The place to restart is after the last special token of the prefix, wherever the tokenizer allows it."""
+    """Tokenizing restarts after the last special token of the prefix, where the tokenizer allows it."""
     tokenizer = chat_tokenizer(byte_tokenizer)
     prompt = SystemPrompt.make(tokenizer, "word " * 1000)
     seen = []
@@ -83,7 +83,7 @@ def test_long_prefix_is_not_tokenized_again(byte_tokenizer):
 
 
 def test_tokenizer_that_marks_the_beginning_of_a_text():
-    """A normalizer that prepends a mark makes a restarted text differ: the whole text must be tokenized then."""
+    """A normalizer that prepends a mark makes a restarted text differ: the whole text is tokenized then."""
     vocab = {chr(code): code - 32 for code in range(32, 127)} | {
         "▁": 200,
         "<u>": 201,
