@@ -15,19 +15,17 @@ from relay_attention.runtime.artifact import Artifact, PrefixFile
 
 Int32 = npt.NDArray[np.int32]
 
-# name: (module, class). A module is imported when its backend is asked for, and may need packages that others
-# do not.
+# name: (module, class). A module is imported when its backend is asked for: it may need packages of its own.
 _BACKENDS = {
     "onnxruntime": ("relay_attention.runtime.onnxruntime_backend", "OnnxRuntimeBackend"),
 }
 
 
 class Backend(Protocol):
-    """One loaded model with its caches: max_batch slots of max_context tokens each, and one prefix for all of
-    them.
+    """One loaded model with its caches: max_batch slots of max_context tokens each, and one prefix for all.
 
-    Used by one thread at a time. Errors of the engine are raised as BackendError, and leave the caches
-    usable.
+    Used by one thread at a time. What the engine refuses in `step` or `read_logits` is a BackendError, and costs
+    no more than that call. Arrays given to a method may be changed by the caller when it has returned.
     """
 
     def allocate(self, max_batch: int, max_context: int) -> None:
@@ -37,8 +35,7 @@ class Backend(Protocol):
         """Runs the model on slots first_row..first_row+n-1 and appends the new tokens to their caches.
 
         input_ids [n, S], right-padded; context_lens [n]: tokens in each slot before; query_lens [n]: valid
-        tokens of each row, 0 for none. The arrays belong to the backend until the call returns, and to the
-        caller after it.
+        tokens of each row, 0 for none.
         """
 
     def read_logits(self) -> npt.NDArray[np.float32]:
@@ -81,14 +78,22 @@ def available_memory() -> int | None:
     """Bytes of main memory still to be had, by the machine and by the control group; None if unknown."""
     limits = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
+        meminfo = _numbers(Path("/proc/meminfo"))
+        limits.append(meminfo["MemAvailable:"] * 1024)
         group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such file on this system, or "max": no limit
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        cached = _numbers(group / "memory.stat")["inactive_file"]  # given back when needed
+        limits.append(int(limit) - int(used) + cached)
+    except (OSError, KeyError, ValueError):  # no such file on this system, or "max": no limit
         pass
     return min(limits, default=None)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines of "name number ..." as a dict."""
+    return {
+        words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1
+    }
 
 
 def check_memory(needed: int, max_batch: int, max_context: int) -> None:

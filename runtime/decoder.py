@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -52,13 +53,9 @@ class RelayDecoder:
         """Takes a loaded backend; see `load` for the parameters."""
         manifest = artifact.manifest
         max_context = manifest.max_context if max_context is None else max_context
-        for name, value in (
-            ("max_batch", max_batch),
-            ("max_context", max_context),
-            ("prefill_chunk", prefill_chunk),
-        ):
-            if value < 1:
-                raise BackendError(f"{name} is {value}, at least 1 is needed")
+        sizes = {"max_batch": max_batch, "max_context": max_context, "prefill_chunk": prefill_chunk}
+        if small := [f"{name} is {value}" for name, value in sizes.items() if value < 1]:
+            raise BackendError(f"{', '.join(small)}, at least 1 is needed")
         self.artifact = artifact
         self.max_batch, self.max_context = max_batch, max_context
         self._check_positions(artifact)
@@ -70,6 +67,7 @@ class RelayDecoder:
         self._requests: dict[int, Request] = {}  # in flight, by index
         self._indices = itertools.count()
         self._in_batch = False
+        self._closed = False
 
     @classmethod
     def load(
@@ -81,20 +79,21 @@ class RelayDecoder:
         threads: int | None = None,
         max_context: int | None = None,
         prefill_chunk: int = 256,
+        **options: Any,
     ) -> RelayDecoder:
         """Opens an artifact folder in an engine.
 
         max_batch: requests that run at the same time, one cache slot each; any number may wait.
         threads: of the engine; None for its own choice.
-        max_context: tokens of one request, prompt and answer together, prefix excluded; None for the
-        artifact's.
+        max_context: tokens of one request, prompt and answer, prefix excluded; None for the artifact's.
         prefill_chunk: tokens (padding included) of a prefill call while other requests decode: smaller lets
-        them wait less, larger gets prompts in sooner.
+            them wait less, larger gets prompts in sooner.
+        options: more of the engine's own.
         Raises: ArtifactError for a folder that is not right, BackendError for an engine that is not, or too
         little memory for the caches.
         """
         artifact = Artifact.open(path)
-        loaded = load_backend(backend, artifact, threads=threads)
+        loaded = load_backend(backend, artifact, threads=threads, **options)
         try:
             return cls(
                 artifact, loaded, max_batch=max_batch, max_context=max_context, prefill_chunk=prefill_chunk
@@ -210,7 +209,7 @@ class RelayDecoder:
         prompts: Sequence[Prompt] | str,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Generator[GenerationEvent, None, None]:
-        """`generate` as iterator of events. Prompts are checked at once; leaving the loop ends the rest."""
+        """`generate` as iterator of events; prompts are checked at once, leaving the loop ends the rest."""
         return self._events(self._prepare(prompts, sampling_params))
 
     def set_prefix(self, path: str | os.PathLike[str]) -> None:
@@ -232,9 +231,11 @@ class RelayDecoder:
 
     def close(self) -> None:
         """Frees the model and the caches. Requests in flight are dropped."""
-        self._scheduler.clear()
-        self._requests.clear()
-        self._backend.close()
+        if not self._closed:
+            self._closed = True
+            self._scheduler.clear()
+            self._requests.clear()
+            self._backend.close()
 
     def __enter__(self) -> RelayDecoder:
         return self
@@ -262,6 +263,8 @@ class RelayDecoder:
             raise PromptError(f"{what}: token id {wrong[0]} is not in the vocabulary, 0 to {vocab_size - 1}")
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        if self._closed:
+            raise RelayError("the decoder is closed")
         prompt_ids = np.asarray(self.encode(prompt), np.int32)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         stop_token_ids = (*params.stop_token_ids, *(() if params.ignore_eos else self.manifest.tokens.eos))

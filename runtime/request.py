@@ -17,10 +17,9 @@ class GenerationResult:
     """What one request gave.
 
     text: the generated text, cut before a stop string; special tokens are left out of it.
-    token_ids: the generated tokens without the stop token; those of a stop string stay, as they were
-    generated.
+    token_ids: the generated tokens without the stop token; those of a stop string stay as they were.
     finish_reason: "stop" (see `stop`), "length" (max_new_tokens, or the request's cache is full), "aborted"
-    (by the caller or Ctrl-C: text and tokens are what there was), or "error" (see `error`).
+        (by the caller or Ctrl-C: text and tokens are what there was), or "error" (see `error`).
     stop: the token id or the string that ended it; None for the other reasons.
     logprobs: one entry for each of token_ids, if the parameters asked for them.
     prompt_tokens: tokens of the request's own prompt, without the prefix.

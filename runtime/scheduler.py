@@ -58,12 +58,11 @@ class Scheduler:
             self._running, self._chunked = [], None
 
     def step(self) -> list[GenerationEvent]:
-        """Runs at most one prefill call and one decode call; a request whose prompt is complete joins the
-        latter.
+        """Runs at most one prefill call, and one decode call, which requests join when their prompt is complete.
 
-        Where the backend fails, the requests of that call end with the reason "error", and the others go on.
+        Where the backend fails in a call, the requests of that call end with "error", and the others go on.
         """
-        return [*self._drop_aborted(), *self._prefill(), *self._decode()]
+        return [*self._drop_aborted(), *self._prefill(), *self._run(0)]
 
     def _drop_aborted(self) -> list[GenerationEvent]:
         with self._lock:
@@ -102,19 +101,17 @@ class Scheduler:
         row, last_row = len(self._running), self._max_batch - 1
         try:
             self._call(last_row, [request], budget)
+            if request.prompt_left:
+                return []
+            logits = self._backend.read_logits()
         except BackendError as error:
             self._chunked = None
             return [request.finish("error", error=str(error))]
-        if request.prompt_left:
-            return []
         if row != last_row:
             self._backend.move(last_row, row, request.cached)
         self._chunked = None
         self._running.append(request)
-        return self._accept(row, self._backend.read_logits())
-
-    def _decode(self) -> list[GenerationEvent]:
-        return self._run(0)
+        return self._accept(row, logits)
 
     def _run(self, first_row: int) -> list[GenerationEvent]:
         """Advances all requests from a row on: whole prompts, or one token of each that decodes."""
@@ -123,10 +120,11 @@ class Scheduler:
             return []
         try:
             self._call(first_row, requests, max(request.prompt_left for request in requests) or 1)
+            logits = self._backend.read_logits()
         except BackendError as error:
             del self._running[first_row:]
             return [request.finish("error", error=str(error)) for request in requests]
-        return self._accept(first_row, self._backend.read_logits())
+        return self._accept(first_row, logits)
 
     def _call(self, first_row: int, requests: list[Request], limit: int) -> None:
         """One backend step: of each request at most `limit` prompt tokens, or the last generated one."""

@@ -198,10 +198,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 class SystemPrompt:
     """A system prompt as tokens, and how a request's own tokens follow it.
 
-    text: the system prompt's text. template: "chat" or "plain". token_ids: the prefix, shared by all
-    requests.
+    text: the system prompt's text. template: "chat" or "plain". token_ids: the prefix, shared by all.
     rendered_at: the time that the chat template saw (ISO 8601), so that a template that prints the date still
-    agrees with the prefix tomorrow; None for "plain".
+        agrees with the prefix tomorrow; None for "plain".
     """
 
     tokenizer: Tokenizer
@@ -249,8 +248,7 @@ class SystemPrompt:
         """Token ids of one request, prefix excluded.
 
         A string is a user message (template "chat") or a text that follows the prefix ("plain"); a list of
-        messages is rendered after the system prompt, which it may repeat; a list of token ids is taken as it
-        is.
+        messages is rendered after the system prompt, which it may repeat; token ids are taken as they are.
         Raises: PromptError if it is empty, of another type, or does not begin with this prefix.
         """
         if isinstance(prompt, str):

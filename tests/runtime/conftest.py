@@ -116,7 +116,9 @@ class NumpyDecoder:
 
 
 def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: str, logits: str) -> None:
-    """model.onnx of the tiny decoder, with the contract's inputs and outputs."""
+    """model.onnx of the tiny decoder, with the contract's inputs and outputs; float16 only in attention."""
+    half = prefix.header.dtype == "float16"
+    dtype = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     names: list[str] = []
     nodes: list[onnx.NodeProto] = []
 
@@ -126,7 +128,11 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
         return made[0] if outputs == 1 else made
 
     initializers = [numpy_helper.from_array(value, name) for name, value in decoder.weights.items()]
-    constants = {"cos": decoder.cos, "sin": decoder.sin, "one": np.int64([1]), "axes": np.int64([1, 2])}
+    constants = {
+        "cos": decoder.cos.astype(prefix.header.dtype),
+        "sin": decoder.sin.astype(prefix.header.dtype),
+    }
+    constants |= {"one": np.int64([1]), "axes": np.int64([1, 2])}
     constants |= {"zero": np.int32([0]), "one32": np.int32([1]), "size": np.int64([1, 1, HIDDEN])}
     initializers += [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     integers = {"input_ids": ["batch", "sequence"], "context_lens": ["batch"], "query_lens": ["batch"]}
@@ -139,9 +145,11 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
         cache = ["batch", KV_HEADS, "max_context", HEAD_DIM]
         for kind in ("key", "value"):
             names = [f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"]
-            inputs.append(helper.make_tensor_value_info(names[0], TensorProto.FLOAT, cache))
-            outputs.append(helper.make_tensor_value_info(names[1], TensorProto.FLOAT, cache))
+            inputs.append(helper.make_tensor_value_info(names[0], dtype, cache))
+            outputs.append(helper.make_tensor_value_info(names[1], dtype, cache))
         states = [add("MatMul", [hidden, f"{layer}.{name}"]) for name in ("query", "key", "value")]
+        if half:
+            states = [add("Cast", [state], to=dtype) for state in states]
         node = helper.make_node(
             "RelayAttention",
             [
@@ -165,7 +173,8 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
             plugin_namespace="relay",
         )
         nodes.append(node)
-        hidden = add("Add", [hidden, add("MatMul", [f"attention.{layer}", f"{layer}.output"])])
+        attended = add("Cast", [f"attention.{layer}"], to=TensorProto.FLOAT)
+        hidden = add("Add", [hidden, add("MatMul", [attended, f"{layer}.output"])])
         inner = add("Tanh", [add("MatMul", [hidden, f"{layer}.up"])])
         hidden = add("Add", [hidden, add("MatMul", [inner, f"{layer}.down"])])
     if logits == "last":
@@ -182,10 +191,10 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
             name = f"prefix.{layer}.{kind}"
             if mode == "input":
                 shape = [KV_HEADS, "prefix_length", HEAD_DIM]
-                inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+                inputs.append(helper.make_tensor_value_info(name, dtype, shape))
                 continue
             shape = [KV_HEADS, prefix.header.prefix_length, HEAD_DIM]
-            tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
+            tensor = TensorProto(name=name, data_type=dtype, dims=shape)
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (("location", "prefix.bin"), ("offset", offset), ("length", nbytes)):
                 tensor.external_data.add(key=key, value=str(value))
@@ -201,6 +210,7 @@ def make_artifact(
     *,
     mode: str = "static",
     logits: str = "last",
+    dtype: str = "float32",
     template: str = "chat",
     text: str = SYSTEM_PROMPT,
     max_context: int = 64,
@@ -217,7 +227,7 @@ def make_artifact(
     decoder = NumpyDecoder(tokenizer.get_vocab_size(), seed)
     manifest = Manifest(
         model_id=f"{seed:064x}",
-        dtype="float32",
+        dtype=dtype,
         geometry=Geometry(
             num_layers=LAYERS,
             num_heads=(HEADS,) * LAYERS,
@@ -235,9 +245,7 @@ def make_artifact(
         logits=logits,
         source={"kind": "test", "architecture": "TinyForCausalLM"},
     )
-    caches = [
-        (key.astype(np.float32), value.astype(np.float32)) for key, value in decoder.run(prompt.token_ids)[1]
-    ]
+    caches = [(key.astype(dtype), value.astype(dtype)) for key, value in decoder.run(prompt.token_ids)[1]]
     prefix = PrefixFile.write(folder / "prefix.bin", PrefixHeader.of(manifest), caches)
     build_model(decoder, folder, prefix, mode, logits)
     names = ("model.onnx", "prefix.bin", "tokenizer.json", "tokenizer_config.json", "system_prompt.txt")

@@ -489,6 +489,9 @@ def test_context_manager_closes(make):
     with make() as decoder:
         decoder.generate([[1]], SamplingParams(max_new_tokens=1))
     assert decoder.backend.closed
+    decoder.close()
+    with pytest.raises(RelayError, match="the decoder is closed"):
+        decoder.generate([[1]])
 
 
 def test_unknown_backend(artifact):

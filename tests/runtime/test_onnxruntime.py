@@ -69,6 +69,23 @@ def test_input_prefix_and_all_logits(load, make_artifact, tmp_path, prompts, exp
         assert [result.token_ids for result in results] == expected
 
 
+@pytest.mark.parametrize("mode", ["static", "input"])
+def test_float16(load, make_artifact, tmp_path, prompts, numpy_decoder, mode):
+    """Caches of half the size; log-probabilities of the tokens it chose, within what float16 loses."""
+    artifact = make_artifact(tmp_path / "half", mode=mode, dtype="float16")
+    with load(artifact.path) as decoder:
+        assert decoder.cache_bytes == 4 * 64 * artifact.manifest.kv_bytes_per_token
+        assert artifact.manifest.kv_bytes_per_token == 2 * 2 * 2 * 8 * 2
+        results = decoder.generate(prompts, SamplingParams(max_new_tokens=10, logprobs=0, ignore_eos=True))
+    prefix = artifact.manifest.prefix.token_ids
+    for prompt, result in zip(prompts, results, strict=True):
+        logits, _ = numpy_decoder.run([*prefix, *prompt, *result.token_ids])
+        logits = logits[len(prefix) + len(prompt) - 1 : -1]
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        chosen = logits[np.arange(len(result.token_ids)), result.token_ids]
+        np.testing.assert_allclose([entry.logprob for entry in result.logprobs], chosen, atol=0.05)
+
+
 def test_hot_swap(load, make_artifact, tmp_path, input_artifact, artifact, numpy_decoder, prompts, expected):
     """Another prefix of another length takes over, for token ids and for strings; and back."""
     other = make_artifact(tmp_path / "other", mode="input", text="Be short.")
