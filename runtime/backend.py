@@ -24,8 +24,8 @@ _BACKENDS = {
 class Backend(Protocol):
     """One loaded model with its caches: max_batch slots of max_context tokens each, and one prefix for all.
 
-    Used by one thread at a time. What the engine refuses in `step` or `read_logits` is a BackendError, and costs
-    no more than that call. Arrays given to a method may be changed by the caller when it has returned.
+    Used by one thread at a time. What the engine refuses in `step` or `read_logits` is a BackendError, and
+    costs no more than that call. Arrays given to a method may be changed once it has returned.
     """
 
     def allocate(self, max_batch: int, max_context: int) -> None:

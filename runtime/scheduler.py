@@ -58,7 +58,7 @@ class Scheduler:
             self._running, self._chunked = [], None
 
     def step(self) -> list[GenerationEvent]:
-        """Runs at most one prefill call, and one decode call, which requests join when their prompt is complete.
+        """Runs at most one prefill call, then one decode call; complete prompts join it at once.
 
         Where the backend fails in a call, the requests of that call end with "error", and the others go on.
         """
