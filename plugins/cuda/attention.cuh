@@ -24,13 +24,11 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return (row * (kHeadDim / 8) + permuted) * 16;
 }
 
-// Where the keys and values of a tile lie. Rows below `cached` come from cache + row*D, those up to `limit` from
-// fresh + (row - cached)*fresh_stride, the rest are zero. Bytes.
+// Where the keys and values of a tile lie. Rows below `cached` are row cache_row + i of the prefix or of present (which holds
+// past by then; this launch writes beyond it only), those up to `limit` chunk fresh_chunk + (i - cached) * (chunks of a token) of the new tokens, the rest are zero.
 struct Source {
-  const char* key_cache;
-  const char* value_cache;
-  const char* key_fresh;
-  const char* value_fresh;
+  int64_t cache_row;
+  int64_t fresh_chunk;
   int cached;
   int limit;
 };
@@ -45,28 +43,24 @@ class Attention {
   // Also the scratch of the sum over the four warps of a 16-row tile: 4 warps x 8 rows x D/2 floats.
   static constexpr int kQueryBytes = kRows * kRowBytes > 64 * kHeadDim ? kRows * kRowBytes : 64 * kHeadDim;
 
+  // Shared memory; plan.cpp's shared_bytes adds up the same.
+  static constexpr int kRowsOffset = sizeof(ScheduleTotals);
+  static constexpr int kScratchOffset = kRowsOffset + 2 * kRows * 4;
+  static constexpr int kQueryOffset = kScratchOffset + 32 * 4;
+  static constexpr int kRingOffset = kQueryOffset + kQueryBytes;
+
   __device__ __forceinline__ explicit Attention(const KernelArguments& arguments)
-      : a(arguments), p(arguments.params), rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0} {
-    char* shared = dynamic_shared();  // in the order of plan.cpp's shared_bytes
-    query_tile = shared;
-    ring = shared_address(shared + kQueryBytes);
-    int* words = reinterpret_cast<int*>(shared + kQueryBytes + a.depth * kBufferBytes);
-    row_low = words;
-    row_high = row_low + kRows;
-    scratch = row_high + kRows;
-    schedule.token_start = scratch + 32;
-    schedule.first_token = schedule.token_start + p.batch + 1;
-    schedule.context_len = schedule.first_token + p.batch + 1;
-    schedule.unit_start = schedule.context_len + p.batch + 1;
-    schedule.request_of_token = reinterpret_cast<uint16_t*>(schedule.unit_start + p.batch + 1);
-  }
+      : a(arguments),
+        p(arguments.params),
+        rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0},
+        schedule{&arguments, kRingOffset + arguments.depth * kBufferBytes} {}
 
   __device__ __forceinline__ void run() {
     prefetch_prefix();
-    schedule.build(a, scratch);
+    schedule.build(scratch());
     const int worker = blockIdx.x;
-    int unit = worker < schedule.workers ? schedule.begin(worker) : schedule.units;
-    const int end = worker < schedule.workers ? schedule.begin(worker + 1) : schedule.units;
+    int unit = worker < schedule.totals().workers ? schedule.begin(worker) : schedule.totals().units;
+    const int end = worker < schedule.totals().workers ? schedule.begin(worker + 1) : schedule.totals().units;
 
     copy_unit = unit;
     copy_end = end;
@@ -74,13 +68,13 @@ class Attention {
     copy_values = false;
     Tile tile{};
     if (unit < end) {
-      const int request = unit < schedule.prefix_units ? 0 : schedule.find_request(unit);
+      const int request = unit < schedule.totals().prefix_units ? 0 : schedule.find_request(unit);
       tile = schedule.find(unit, request);
       copy_tile = tile;
       copy_source = source(tile);
     }
     for (int i = 0; i < a.depth - 1; ++i) copy_next();
-    append();  // its loads travel together with the first blocks of keys
+    if (!a.appended_before) append();  // its loads travel together with the first blocks of keys
     if (a.token_begin == 0) fill_idle_rows();
 
     while (unit < end) {
@@ -98,7 +92,7 @@ class Attention {
     }
     copy_async_wait<0>();
     grid_barrier();
-    if (schedule.tokens * p.num_heads > static_cast<int>(gridDim.x)) {
+    if (schedule.totals().tokens * p.num_heads > static_cast<int>(gridDim.x)) {
       merge<1>();
     } else {
       merge<kWarps>();
@@ -110,16 +104,18 @@ class Attention {
   const RelayParams& p;
   const Rotary rotary;
   Schedule<kPrefixRows, kContextRows> schedule;
-  char* query_tile;
-  SharedAddress ring;
-  int* row_low;   // the keys [low, high] of the tile's own numbering that each row of the tile sees
-  int* row_high;
-  int* scratch;
   // The copy cursor runs ahead of the attention by depth - 1 buffers.
   Tile copy_tile;
   Source copy_source;
   int copy_unit, copy_end, copy_slot, use_slot;
   bool copy_values;
+
+  // The keys [low, high] of the tile's own numbering that each row of the tile sees.
+  __device__ __forceinline__ static int* row_low() { return reinterpret_cast<int*>(dynamic_shared() + kRowsOffset); }
+  __device__ __forceinline__ static int* row_high() { return row_low() + kRows; }
+  __device__ __forceinline__ static int* scratch() { return reinterpret_cast<int*>(dynamic_shared() + kScratchOffset); }
+  __device__ __forceinline__ static char* query_tile() { return dynamic_shared() + kQueryOffset; }
+  __device__ __forceinline__ static SharedAddress ring() { return shared_address(dynamic_shared() + kRingOffset); }
 
   __device__ __forceinline__ void prefetch_prefix() const {
     const int64_t step = int64_t{gridDim.x} * kThreads * 128;
@@ -131,45 +127,41 @@ class Attention {
 
   // ---- copy ----
   __device__ __forceinline__ Source source(const Tile& tile) const {
-    Source s;
-    if (!tile.is_context) {
-      const int64_t offset = int64_t{tile.kv_head} * p.prefix_length * kRowBytes;
-      s.key_cache = static_cast<const char*>(p.prefix_key) + offset;
-      s.value_cache = static_cast<const char*>(p.prefix_value) + offset;
-      s.key_fresh = s.value_fresh = nullptr;
-      s.cached = s.limit = p.prefix_length;
-    } else {
-      const int64_t cache = (int64_t{tile.request} * p.kv_num_heads + tile.kv_head) * p.max_context * kRowBytes;
-      const int64_t fresh = (int64_t{tile.request} * p.sequence * p.kv_num_heads + tile.kv_head) * kRowBytes;
-      s.key_cache = static_cast<const char*>(p.past_key) + cache;
-      s.value_cache = static_cast<const char*>(p.past_value) + cache;
-      s.key_fresh = static_cast<const char*>(p.key) + fresh;
-      s.value_fresh = static_cast<const char*>(p.value) + fresh;
-      s.cached = schedule.context_len[tile.request];
-      s.limit = schedule.context_keys(tile.request);
-    }
-    return s;
+    if (!tile.is_context)
+      return {int64_t{tile.kv_head} * p.prefix_length, 0, p.prefix_length, p.prefix_length};
+    return {(int64_t{tile.request} * p.kv_num_heads + tile.kv_head) * p.max_context,
+            (int64_t{tile.request} * p.sequence * p.kv_num_heads + tile.kv_head) * kChunks,
+            a.appended_before ? schedule.context_keys(tile.request) : schedule.context_len()[tile.request],
+            schedule.context_keys(tile.request)};
   }
 
   // Starts the copy of the next block of keys or values, and commits it as one group; an empty group when none is left.
   __device__ __forceinline__ void copy_next() {
     if (copy_unit < copy_end) {
-      const char* cache = copy_values ? copy_source.value_cache : copy_source.key_cache;
-      const char* fresh = copy_values ? copy_source.value_fresh : copy_source.key_fresh;
-      const SharedAddress buffer = ring + copy_slot * kBufferBytes;
+      const void* prefix = copy_values ? p.prefix_value : p.prefix_key;
+      const void* own = copy_values ? p.present_value : p.present_key;
       const int first = copy_tile.block * kBlockKeys;
-      const int cached = copy_source.cached, limit = copy_source.limit;
+      const uint4* cache = static_cast<const uint4*>(copy_tile.is_context ? own : prefix) +
+                           (copy_source.cache_row + first) * kChunks + threadIdx.x;
+      const SharedAddress buffer = ring() + copy_slot * kBufferBytes;
+      if (first + kBlockKeys <= copy_source.cached) {
 #pragma unroll
-      for (int i = 0; i < kBlockKeys * kChunks / kThreads; ++i) {
-        const int index = i * kThreads + threadIdx.x;
-        const int row = index / kChunks, chunk = index % kChunks;
-        const int key = first + row;
-        const char* from = cache + (int64_t{key} * kRowBytes + chunk * 16);
-        if (key >= cached)
-          from = key < limit
-                     ? fresh + (int64_t{key - cached} * p.kv_num_heads * kRowBytes + chunk * 16)
-                     : static_cast<const char*>(p.query);  // a valid address that is not read
-        copy_async_16(buffer + chunk_offset<kHeadDim>(row, chunk), from, key < limit);
+        for (int i = 0; i < kBlockKeys * kChunks / kThreads; ++i) {
+          const int index = i * kThreads + threadIdx.x;
+          copy_async_16(buffer + chunk_offset<kHeadDim>(index / kChunks, index % kChunks), cache + i * kThreads, true);
+        }
+      } else {
+        const int cached = copy_source.cached - first, limit = copy_source.limit - first;
+        const uint4* fresh = static_cast<const uint4*>(copy_values ? p.value : p.key) + copy_source.fresh_chunk;
+#pragma unroll 1
+        for (int index = threadIdx.x; index < kBlockKeys * kChunks; index += kThreads, cache += kThreads) {
+          const int row = index / kChunks, chunk = index % kChunks;
+          const uint4* from = cache;
+          if (row >= cached)
+            from = row < limit ? fresh + (int64_t{row - cached} * p.kv_num_heads * kChunks + chunk)
+                               : static_cast<const uint4*>(p.query);  // a valid address that is not read
+          copy_async_16(buffer + chunk_offset<kHeadDim>(row, chunk), from, row < limit);
+        }
       }
       copy_slot = copy_slot + 1 == a.depth ? 0 : copy_slot + 1;
       if (copy_values) {
@@ -195,29 +187,29 @@ class Attention {
     }
     __syncthreads();
     copy_next();
-    const SharedAddress buffer = ring + use_slot * kBufferBytes;
+    const SharedAddress buffer = ring() + use_slot * kBufferBytes;
     use_slot = use_slot + 1 == a.depth ? 0 : use_slot + 1;
     return buffer;
   }
 
   // ---- the new tokens ----
   __device__ __forceinline__ void append() const {
-    const int count = schedule.tokens * p.kv_num_heads * kChunks;
+    const int count = schedule.totals().tokens * p.kv_num_heads * kChunks;
     for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
       const int chunk = i % kChunks;
       const int head = i / kChunks % p.kv_num_heads;
       const int token = i / kChunks / p.kv_num_heads;
-      const int request = schedule.request_of_token[token];
-      const int s = schedule.first_token[request] + token - schedule.token_start[request];
-      const int slot = schedule.context_len[request] + s;
+      const int request = schedule.request_of_token()[token];
+      const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
+      const int slot = schedule.context_len()[request] + s;
       const int64_t from = ((int64_t{request} * p.sequence + s) * p.kv_num_heads + head) * kChunks;
       const int64_t to = ((int64_t{request} * p.kv_num_heads + head) * p.max_context + slot) * kChunks;
       const uint4* key = static_cast<const uint4*>(p.key) + from;
       uint4* present = static_cast<uint4*>(p.present_key) + to;
       const uint4 value = static_cast<const uint4*>(p.value)[from + chunk];
-      rotary.visit<T>(
-          chunk, p.prefix_length + slot, [&](int c) { return key[c]; },
-          [&](int c, const uint4& x) { present[c] = x; });
+      RotaryChunk x;
+      rotary.read(x, chunk, p.prefix_length + slot, [&](int c) { return key[c]; });
+      rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) { present[c] = rotated; });
       static_cast<uint4*>(p.present_value)[to + chunk] = value;
     }
   }
@@ -234,49 +226,71 @@ class Attention {
     }
   }
 
-  // Rotates the keys of a buffer that came from `key`, as copied. Between two barriers.
+  // Rotates the keys of a buffer that came from `key`, as copied. Between two barriers. While decoding these are few; where
+  // they are many (kContextRows = 64) they were rotated and appended before this launch.
   __device__ __forceinline__ void rotate_fresh_keys(SharedAddress buffer, int first, const Tile& tile) const {
-    const int cached = schedule.context_len[tile.request], limit = schedule.context_keys(tile.request);
-    for (int i = threadIdx.x; i < kBlockKeys * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const int key = first + row;
-      if (key < cached || key >= limit || chunk >= rotary.dim / 8) continue;
-      rotary.visit<T>(
-          chunk, p.prefix_length + key,
-          [&](int c) { return load_shared_16(buffer + chunk_offset<kHeadDim>(row, c)); },
-          [&](int c, const uint4& x) { store_shared_16(buffer + chunk_offset<kHeadDim>(row, c), x); });
+    const int begin = max(schedule.context_len()[tile.request] - first, 0);
+    const int end = min(schedule.context_keys(tile.request) - first, kBlockKeys);
+    const int chunks = rotary.dim / 8;
+    for (int i = threadIdx.x; i < (end - begin) * chunks; i += kThreads) {
+      const int row = begin + i / chunks, chunk = i % chunks;
+      RotaryChunk x;
+      rotary.read(x, chunk, p.prefix_length + first + row,
+                  [&](int c) { return load_shared_16(buffer + chunk_offset<kHeadDim>(row, c)); });
+      rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) {
+        store_shared_16(buffer + chunk_offset<kHeadDim>(row, c), rotated);
+      });
     }
   }
 
   // The tile's rotated queries into shared memory, and the keys that each row sees.
   template <int kTileRows>
   __device__ __forceinline__ void load_queries(const Tile& tile) const {
-    const SharedAddress target = shared_address(query_tile);
-    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      if (row >= tile.rows) {
-        store_shared_16(target + chunk_offset<kHeadDim>(row, chunk), make_uint4(0, 0, 0, 0));
-        if (chunk == 0) {
-          row_low[row] = 0;  // its result is never stored: nothing to mask
-          row_high[row] = INT32_MAX;
+    constexpr int kItems = (kTileRows * kChunks + kThreads - 1) / kThreads;  // of each thread
+    constexpr int kBatch = kItems % 4 == 0 ? 4 : (kItems % 3 == 0 ? 3 : kItems);  // read together
+    static_assert(kItems % kBatch == 0);
+    const SharedAddress target = shared_address(query_tile());
+#pragma unroll 1
+    for (int base = 0; base < kTileRows * kChunks; base += kBatch * kThreads) {
+      RotaryChunk x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int index = base + i * kThreads + threadIdx.x;
+        const int row = index / kChunks, chunk = index % kChunks;
+        if (row >= tile.rows) {
+          if (chunk == 0 && row < kTileRows) {
+            row_low()[row] = 0;  // its result is never stored: nothing to mask
+            row_high()[row] = INT32_MAX;
+          }
+          continue;
         }
-        continue;
+        const int packed = tile.packed_row + row;
+        const int token = packed / schedule.totals().group;
+        const int head = tile.kv_head * schedule.totals().group + packed - token * schedule.totals().group;
+        const int request = schedule.request_of_token()[token];
+        const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
+        const int position = schedule.context_len()[request] + s;  // counted from the end of the prefix
+        const uint4* query = static_cast<const uint4*>(p.query) +
+                             ((int64_t{request} * p.sequence + s) * p.num_heads + head) * kChunks;
+        rotary.read(x[i], chunk, p.prefix_length + position, [&](int c) { return query[c]; });
+        if (chunk == 0) {
+          const int low = position - p.local_window_size + 1 + (tile.is_context ? 0 : p.prefix_length);
+          row_low()[row] = p.local_window_size > 0 ? low : 0;
+          row_high()[row] = tile.is_context ? position : p.prefix_length - 1;
+        }
       }
-      const int packed = tile.packed_row + row;
-      const int token = packed / schedule.group;
-      const int head = tile.kv_head * schedule.group + packed - token * schedule.group;
-      const int request = schedule.request_of_token[token];
-      const int s = schedule.first_token[request] + token - schedule.token_start[request];
-      const int position = schedule.context_len[request] + s;  // counted from the end of the prefix
-      const uint4* query = static_cast<const uint4*>(p.query) +
-                           ((int64_t{request} * p.sequence + s) * p.num_heads + head) * kChunks;
-      rotary.visit<T>(
-          chunk, p.prefix_length + position, [&](int c) { return query[c]; },
-          [&](int c, const uint4& x) { store_shared_16(target + chunk_offset<kHeadDim>(row, c), x); });
-      if (chunk == 0) {
-        const int low = position - p.local_window_size + 1 + (tile.is_context ? 0 : p.prefix_length);
-        row_low[row] = p.local_window_size > 0 ? low : 0;
-        row_high[row] = tile.is_context ? position : p.prefix_length - 1;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int index = base + i * kThreads + threadIdx.x;
+        const int row = index / kChunks, chunk = index % kChunks;
+        if (row >= kTileRows)
+          continue;
+        else if (row >= tile.rows)
+          store_shared_16(target + chunk_offset<kHeadDim>(row, chunk), make_uint4(0, 0, 0, 0));
+        else
+          rotary.write<T>(x[i], chunk, [&](int c, const uint4& rotated) {
+            store_shared_16(target + chunk_offset<kHeadDim>(row, c), rotated);
+          });
       }
     }
   }
@@ -292,13 +306,13 @@ class Attention {
     const int row0 = kKeyWarps == 1 ? warp * 16 : 0;
     const int key0 = kKeyWarps == 1 ? 0 : warp * kKeys;
 
-    __syncthreads();  // of the previous tile, all are done with the queries
+    // No barrier needed in front: every thread has passed one since it last read the queries of the tile before.
     load_queries<kTileRows>(tile);
     __syncthreads();
-    const int low[2] = {row_low[row0 + lane / 4], row_low[row0 + lane / 4 + 8]};
-    const int high[2] = {row_high[row0 + lane / 4], row_high[row0 + lane / 4 + 8]};
+    const int low[2] = {row_low()[row0 + lane / 4], row_low()[row0 + lane / 4 + 8]};
+    const int high[2] = {row_high()[row0 + lane / 4], row_high()[row0 + lane / 4 + 8]};
 
-    const SharedAddress queries = shared_address(query_tile);
+    const SharedAddress queries = shared_address(query_tile());
     const bool capped = p.softcap > 0;
     // exp(score) = 2^(factor * s), s being the product or, capped, the whole score.
     const float factor = capped ? kLog2e : p.scale * kLog2e;
@@ -311,10 +325,12 @@ class Attention {
     for (int block = tile.block; block < tile.block + blocks; ++block) {
       // scores = queries * keys^T
       SharedAddress buffer = next_buffer();
-      if (tile.is_context && rotary.dim > 0 &&
-          (block + 1) * kBlockKeys > schedule.context_len[tile.request]) {
-        rotate_fresh_keys(buffer, block * kBlockKeys, tile);
-        __syncthreads();
+      if constexpr (kTileRows == kContextRows) {
+        if (tile.is_context && rotary.dim > 0 && !a.appended_before &&
+            (block + 1) * kBlockKeys > schedule.context_len()[tile.request]) {
+          rotate_fresh_keys(buffer, block * kBlockKeys, tile);
+          __syncthreads();
+        }
       }
       float score[kKeys / 8][4];
 #pragma unroll
@@ -443,9 +459,9 @@ class Attention {
                                                  float* partial_lse) {
     constexpr int kHalf = kHeadDim / 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* parts = reinterpret_cast<float*>(query_tile);
-    // row_low and row_high are done with: 16 rows of 4 warps' lse fit into 2 * kRows >= 32 words and scratch's 32.
-    float* warp_lse = reinterpret_cast<float*>(row_low);
+    float* parts = reinterpret_cast<float*>(query_tile());
+    // row_low and row_high are done with: 16 rows of 4 warps' lse fit into their 2 * kRows >= 32 words and scratch's 32.
+    float* warp_lse = reinterpret_cast<float*>(row_low());
     __syncthreads();
     if (lane % 4 == 0) {
       warp_lse[warp * 16 + lane / 4] = lse[0];
@@ -548,25 +564,26 @@ class Attention {
   __device__ __forceinline__ void merge() const {
     constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
     constexpr int kVectors = kHeadDim / (32 * kVector);  // of each lane
+    constexpr int kAhead = 8;                            // partials read at a time
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int step = kRowWarps == 1 ? gridDim.x * kWarps : gridDim.x;
-    const int rows = schedule.tokens * p.num_heads;
+    const int rows = schedule.totals().tokens * p.num_heads;
     for (int index = kRowWarps == 1 ? blockIdx.x * kWarps + warp : blockIdx.x; index < rows; index += step) {
       const int token = index / p.num_heads, head = index - token * p.num_heads;
-      const int kv_head = head / schedule.group;
-      const int packed = token * schedule.group + head - kv_head * schedule.group;
-      const int request = schedule.request_of_token[token];
-      const int request_row = packed - schedule.token_start[request] * schedule.group;
+      const int kv_head = head / schedule.totals().group;
+      const int packed = token * schedule.totals().group + head - kv_head * schedule.totals().group;
+      const int request = schedule.request_of_token()[token];
+      const int request_row = packed - schedule.token_start()[request] * schedule.totals().group;
 
       Partials prefix{0, 0, 0};
-      if (schedule.prefix_blocks > 0) {
-        const int tile = kv_head * schedule.prefix_tiles + packed / kPrefixRows;
-        prefix = partials_of(tile * schedule.prefix_blocks, schedule.prefix_blocks, 0, kv_head, packed,
+      if (schedule.totals().prefix_blocks > 0) {
+        const int tile = kv_head * schedule.totals().prefix_tiles + packed / kPrefixRows;
+        prefix = partials_of(tile * schedule.totals().prefix_blocks, schedule.totals().prefix_blocks, 0, kv_head, packed,
                              packed % kPrefixRows);
       }
       const int blocks = schedule.context_blocks(request);
       const int tile = kv_head * schedule.context_tiles(request) + request_row / kContextRows;
-      const Partials context = partials_of(schedule.prefix_units + schedule.unit_start[request] + tile * blocks,
+      const Partials context = partials_of(schedule.totals().prefix_units + schedule.unit_start()[request] + tile * blocks,
                                            blocks, 1, kv_head, packed, request_row % kContextRows);
       const int count = prefix.count + context.count;
       const int share = (count + kRowWarps - 1) / kRowWarps;
@@ -582,6 +599,18 @@ class Attention {
           const int k = base + lane;
           lse = load_other_block(k < prefix.count ? lse_of(prefix, k) : lse_of(context, k - prefix.count));
         }
+        float part[kAhead][kVectors][kVector];
+        const auto read_ahead = [&](int first) {
+#pragma unroll
+          for (int j = 0; j < kAhead; ++j) {
+            if (first + j >= here) continue;
+            const int k = base + first + j;
+            const float* from = k < prefix.count ? output_of(prefix, k) : output_of(context, k - prefix.count);
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) load_vector(part[j][v], from + (v * 32 + lane) * kVector);
+          }
+        };
+        read_ahead(0);  // under way together with the lse
         float new_highest = fmaxf(highest, lse);
         for (int distance = 16; distance > 0; distance /= 2)
           new_highest = fmaxf(new_highest, __shfl_xor_sync(kAllLanes, new_highest, distance));
@@ -594,23 +623,22 @@ class Attention {
         for (int v = 0; v < kVectors; ++v)
 #pragma unroll
           for (int i = 0; i < kVector; ++i) x[v][i] *= decay;
-#pragma unroll 4
-        for (int j = 0; j < here; ++j) {
-          const float w = __shfl_sync(kAllLanes, weight, j);
-          const int k = base + j;
-          const float* y = k < prefix.count ? output_of(prefix, k) : output_of(context, k - prefix.count);
-          total += w;
+        for (int first = 0; first < here; first += kAhead) {
+          if (first > 0) read_ahead(first);
 #pragma unroll
-          for (int v = 0; v < kVectors; ++v) {
-            float part_of_row[kVector];
-            load_vector(part_of_row, y + (v * 32 + lane) * kVector);
+          for (int j = 0; j < kAhead; ++j) {
+            const float w = __shfl_sync(kAllLanes, weight, (first + j) % 32);
+            if (first + j >= here) continue;
+            total += w;
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) x[v][i] += w * part_of_row[i];
+            for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+              for (int i = 0; i < kVector; ++i) x[v][i] += w * part[j][v][i];
           }
         }
       }
 
-      const int s = schedule.first_token[request] + token - schedule.token_start[request];
+      const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
       uint16_t* output = static_cast<uint16_t*>(p.output) +
                          ((int64_t{request} * p.sequence + s) * p.num_heads + head) * kHeadDim;
       if constexpr (kRowWarps == 1) {
@@ -627,8 +655,8 @@ class Attention {
           }
         }
       } else {
-        float* sums = reinterpret_cast<float*>(query_tile);  // [4, D]
-        float* warp_scratch = reinterpret_cast<float*>(scratch);
+        float* sums = reinterpret_cast<float*>(query_tile());  // [4, D]
+        float* warp_scratch = reinterpret_cast<float*>(scratch());
 #pragma unroll
         for (int v = 0; v < kVectors; ++v)
 #pragma unroll

@@ -8,7 +8,7 @@ namespace relay::cuda {
 
 template <class T, int kHeadDim>
 Kernels kernels_of(int prefix_rows, int context_rows) {
-  Kernels kernels{attention_kernel<T, kHeadDim, 16, 16>, reference_append_kernel<T>,
+  Kernels kernels{attention_kernel<T, kHeadDim, 16, 16>, append_kernel<T>,
                   reference_attention_kernel<T, kHeadDim / 32>};
   if (context_rows == 64)
     kernels.attention = attention_kernel<T, kHeadDim, 64, 64>;

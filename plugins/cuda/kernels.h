@@ -7,7 +7,7 @@ namespace relay::cuda {
 
 struct Kernels {
   void (*attention)(KernelArguments);
-  void (*reference_append)(RelayParams);
+  void (*append)(RelayParams);
   void (*reference_attention)(RelayParams);
 };
 

@@ -141,11 +141,11 @@ size_t workspace_bytes(const RelayParams& p, int sm_count) {
 }
 
 size_t shared_bytes(int head_dim, int prefix_rows, int context_rows, int depth, int batch, int tokens) {
-  // In the order of attention.cuh's SharedLayout.
+  // As attention.cuh lays it out.
   const size_t rows = std::max(prefix_rows, context_rows);
   const size_t query = std::max<size_t>(rows * head_dim * 2, size_t{64} * head_dim);
   const size_t ring = size_t{2} * depth * kBlockKeys * head_dim;
-  const size_t words = 2 * rows + 32 + 4 * (static_cast<size_t>(batch) + 1);
+  const size_t words = 16 + 2 * rows + 32 + 4 * (static_cast<size_t>(batch) + 1);
   return query + ring + 4 * words + (2 * static_cast<size_t>(tokens) + 15) / 16 * 16;
 }
 
@@ -159,6 +159,8 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   plan->context_rows = tuning.context_rows > 0 ? tuning.context_rows : (int64_t{p.sequence} * group <= 16 ? 16 : 64);
   plan->prefix_rows = tuning.prefix_rows > 0 ? tuning.prefix_rows : (rows <= 16 ? 16 : 64);
   if (plan->context_rows > plan->prefix_rows) plan->prefix_rows = plan->context_rows;
+
+  plan->append_before = plan->context_rows == 64 && p.rotary_dim > 0;
 
   const auto bytes = [&](int depth) {
     return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch, plan->tokens_per_launch);
@@ -216,6 +218,7 @@ KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int ind
   a.context_cost = plan.context_cost;
   a.depth = plan.depth;
   a.tail_rows = 64;
+  a.appended_before = plan.append_before;
   a.l2_prefetch_bytes = index == 0 ? plan.l2_prefetch_bytes : 0;
   a.head_output = reinterpret_cast<float*>(base + layout.head_output);
   a.head_lse = reinterpret_cast<float*>(base + layout.head_lse);

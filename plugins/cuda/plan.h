@@ -23,6 +23,7 @@ struct KernelArguments {
   int context_cost;
   int depth;              // buffers in the copy pipeline
   int tail_rows;          // rows of one tail slot
+  int appended_before;    // the new tokens are in present already, rotated (see Plan)
   int64_t l2_prefetch_bytes;  // of prefix_key and of prefix_value, each
   // Partial results, float32. A tile is shared by consecutive blocks of the grid: the first one's partial is a head,
   // kept by packed row; every later one's is a tail, of which a block has at most one.
@@ -45,6 +46,9 @@ struct Plan {
   int prefix_cost;
   int context_cost;
   int64_t l2_prefetch_bytes;
+  // A long chunk's new keys are rotated and appended by a small launch of their own, once and not once per tile that reads
+  // them; otherwise the one launch does it.
+  bool append_before;
 };
 
 // The limits of a device that a plan depends on.

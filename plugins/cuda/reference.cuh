@@ -7,9 +7,9 @@
 
 namespace relay::cuda {
 
-// Writes the new tokens into present. Grid-stride over [B, S, Hkv, D/8] chunks.
+// Writes the new tokens into present, keys rotated; also runs before a long chunk (Plan::append_before). Grid-stride over [B, S, Hkv, D/8] chunks.
 template <class T>
-__global__ void reference_append_kernel(RelayParams p) {
+__global__ void append_kernel(RelayParams p) {
   const int chunks = p.head_dim / 8;
   const int64_t count = int64_t{p.batch} * p.sequence * p.kv_num_heads * chunks;
   const Rotary rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0};
@@ -25,9 +25,9 @@ __global__ void reference_append_kernel(RelayParams p) {
         ((int64_t{request} * p.kv_num_heads + head) * p.max_context + n.context + token) * chunks;
     const uint4* key = static_cast<const uint4*>(p.key) + source;
     uint4* present = static_cast<uint4*>(p.present_key) + target;
-    rotary.visit<T>(
-        chunk, p.prefix_length + n.context + token, [&](int c) { return key[c]; },
-        [&](int c, const uint4& x) { present[c] = x; });
+    RotaryChunk x;
+    rotary.read(x, chunk, p.prefix_length + n.context + token, [&](int c) { return key[c]; });
+    rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) { present[c] = rotated; });
     static_cast<uint4*>(p.present_value)[target + chunk] = static_cast<const uint4*>(p.value)[source + chunk];
   }
 }

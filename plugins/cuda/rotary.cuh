@@ -39,35 +39,60 @@ __device__ __forceinline__ void rotate_pairs(uint4& x, const uint2& cosine, cons
   x.w = rotate_pair<T>(x.w, c1.y, s1.y);
 }
 
-// The rotary caches as rows of angles; dim = 0: no rotary.
+// What a thread holds of a chunk between reading and writing it: the chunk, its partner in the half-split layout, angles.
+struct RotaryChunk {
+  uint4 x1, x2;
+  uint4 cosine, sine;  // interleaved: x and y only
+};
+
+// The rotary caches as rows of angles; dim = 0: no rotary. A row's chunks are visited in two steps, so that a thread can
+// have many reads under way before it needs the first. Half-split, a chunk of the first half takes its partner along,
+// which does nothing of its own.
 struct Rotary {
   const void* cosine;
   const void* sine;
   int dim;
   bool interleaved;
 
-  // Visits chunk `index` of a row at `position`: reads it (and, half-split, the chunk it is paired with) through
-  // load(chunk), rotates, and hands each result to store(chunk, value). The chunk's partner does nothing of its own.
-  template <class T, class Load, class Store>
-  __device__ __forceinline__ void visit(int index, int position, Load load, Store store) const {
+  __device__ __forceinline__ bool is_partner(int index) const {
+    return !interleaved && index >= dim / 16 && index < dim / 8;
+  }
+
+  // Reads chunk `index` of a row at `position` (and what belongs to it) through load(chunk).
+  template <class Load>
+  __device__ __forceinline__ void read(RotaryChunk& chunk, int index, int position, Load load) const {
     const int half_chunks = dim / 16;  // chunks in R/2 elements
-    if (index >= 2 * half_chunks) {
-      store(index, load(index));
-    } else if (interleaved) {
-      uint4 x = load(index);
+    if (is_partner(index)) return;
+    chunk.x1 = load(index);
+    if (index >= 2 * half_chunks) return;
+    if (interleaved) {
       const size_t angle = (static_cast<size_t>(position) * half_chunks * 2 + index) * sizeof(uint2);
       const uint2 c = *reinterpret_cast<const uint2*>(static_cast<const char*>(cosine) + angle);
       const uint2 s = *reinterpret_cast<const uint2*>(static_cast<const char*>(sine) + angle);
-      rotate_pairs<T>(x, c, s);
-      store(index, x);
-    } else if (index < half_chunks) {
-      uint4 x1 = load(index), x2 = load(index + half_chunks);
+      chunk.cosine = make_uint4(c.x, c.y, 0, 0);
+      chunk.sine = make_uint4(s.x, s.y, 0, 0);
+    } else {
+      chunk.x2 = load(index + half_chunks);
       const size_t angle = (static_cast<size_t>(position) * half_chunks + index) * sizeof(uint4);
-      const uint4 c = *reinterpret_cast<const uint4*>(static_cast<const char*>(cosine) + angle);
-      const uint4 s = *reinterpret_cast<const uint4*>(static_cast<const char*>(sine) + angle);
-      rotate_halves<T>(x1, x2, c, s);
-      store(index, x1);
-      store(index + half_chunks, x2);
+      chunk.cosine = *reinterpret_cast<const uint4*>(static_cast<const char*>(cosine) + angle);
+      chunk.sine = *reinterpret_cast<const uint4*>(static_cast<const char*>(sine) + angle);
+    }
+  }
+
+  // Rotates what read() read, and hands each result to store(chunk, value).
+  template <class T, class Store>
+  __device__ __forceinline__ void write(RotaryChunk& chunk, int index, Store store) const {
+    const int half_chunks = dim / 16;
+    if (is_partner(index)) return;
+    if (index >= 2 * half_chunks) {
+      store(index, chunk.x1);
+    } else if (interleaved) {
+      rotate_pairs<T>(chunk.x1, make_uint2(chunk.cosine.x, chunk.cosine.y), make_uint2(chunk.sine.x, chunk.sine.y));
+      store(index, chunk.x1);
+    } else {
+      rotate_halves<T>(chunk.x1, chunk.x2, chunk.cosine, chunk.sine);
+      store(index, chunk.x1);
+      store(index + half_chunks, chunk.x2);
     }
   }
 };

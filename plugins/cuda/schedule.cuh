@@ -28,16 +28,8 @@ struct Tile {
   int first_unit;  // of the tile
 };
 
-template <int kPrefixRows, int kContextRows>
-struct Schedule {
-  // In shared memory, written by build().
-  int* token_start;           // [B + 1] first token of each request, counted inside the launch
-  int* first_token;           // [B] its index in the request's sequence
-  int* context_len;           // [B]
-  int* unit_start;            // [B + 1] first unit of each request's context tiles, counted from prefix_units
-  uint16_t* request_of_token; // [tokens]
-  // The same in every thread.
-  const KernelArguments* arguments;
+// Kept in shared memory rather than in every thread's registers, which the attention needs.
+struct ScheduleTotals {
   int group;
   int tokens;
   int prefix_tiles;        // per kv head
@@ -47,66 +39,90 @@ struct Schedule {
   int units;
   int workers;             // blocks of the grid that have work: 0..workers-1
   int cost_quotient, cost_remainder;
+  int unused[6];
+};
+
+template <int kPrefixRows, int kContextRows>
+struct Schedule {
+  const KernelArguments* arguments;
+  int arrays;  // offset in the dynamic shared memory; the totals are at its start
+
+  __device__ __forceinline__ ScheduleTotals& totals() const {
+    return *reinterpret_cast<ScheduleTotals*>(dynamic_shared());
+  }
+  __device__ __forceinline__ int* array(int index) const {
+    return reinterpret_cast<int*>(dynamic_shared() + arrays) + index * (arguments->params.batch + 1);
+  }
+  // [B + 1] first token of each request, counted inside the launch
+  __device__ __forceinline__ int* token_start() const { return array(0); }
+  // [B + 1] first unit of each request's context tiles, counted from prefix_units
+  __device__ __forceinline__ int* unit_start() const { return array(1); }
+  // [B] index of the launch's first token in the request's sequence
+  __device__ __forceinline__ int* first_token() const { return array(2); }
+  // [B]
+  __device__ __forceinline__ int* context_len() const { return array(3); }
+  // [tokens]
+  __device__ __forceinline__ uint16_t* request_of_token() const { return reinterpret_cast<uint16_t*>(array(4)); }
 
   __device__ __forceinline__ int context_block_begin(int request) const {
     const int window = arguments->params.local_window_size;
-    const int first = context_len[request] + first_token[request] - window + 1;
+    const int first = context_len()[request] + first_token()[request] - window + 1;
     return window > 0 && first > 0 ? first / kBlockKeys : 0;
   }
   __device__ __forceinline__ int request_tokens(int request) const {
-    return token_start[request + 1] - token_start[request];
+    return token_start()[request + 1] - token_start()[request];
   }
   __device__ __forceinline__ int context_keys(int request) const {
-    return context_len[request] + first_token[request] + request_tokens(request);
+    return context_len()[request] + first_token()[request] + request_tokens(request);
   }
   __device__ __forceinline__ int context_blocks(int request) const {
     return (context_keys(request) + kBlockKeys - 1) / kBlockKeys - context_block_begin(request);
   }
   __device__ __forceinline__ int context_tiles(int request) const {
-    return (request_tokens(request) * group + kContextRows - 1) / kContextRows;
+    return (request_tokens(request) * totals().group + kContextRows - 1) / kContextRows;
   }
 
   // First unit of worker `worker`; begin(workers) == units.
   __device__ __forceinline__ int begin(int worker) const {
-    const int cost = worker * cost_quotient + min(worker, cost_remainder);
-    const int prefix_cost = prefix_units * arguments->prefix_cost;
+    const int cost = worker * totals().cost_quotient + min(worker, totals().cost_remainder);
+    const int prefix_cost = totals().prefix_units * arguments->prefix_cost;
     return cost < prefix_cost ? cost / arguments->prefix_cost
-                              : prefix_units + (cost - prefix_cost) / arguments->context_cost;
+                              : totals().prefix_units + (cost - prefix_cost) / arguments->context_cost;
   }
   // The worker in whose range a unit lies: the last one whose first unit is not beyond it.
   __device__ __forceinline__ int owner(int unit) const {
-    const int prefix_cost = prefix_units * arguments->prefix_cost;
-    const int cost = unit < prefix_units ? (unit + 1) * arguments->prefix_cost - 1
-                                         : prefix_cost + (unit + 1 - prefix_units) * arguments->context_cost - 1;
-    const int longer = cost_remainder * (cost_quotient + 1);
-    return cost < longer ? cost / (cost_quotient + 1) : cost_remainder + (cost - longer) / cost_quotient;
+    const int prefix_cost = totals().prefix_units * arguments->prefix_cost;
+    const int cost = unit < totals().prefix_units ? (unit + 1) * arguments->prefix_cost - 1
+                                         : prefix_cost + (unit + 1 - totals().prefix_units) * arguments->context_cost - 1;
+    const int longer = totals().cost_remainder * (totals().cost_quotient + 1);
+    return cost < longer ? cost / (totals().cost_quotient + 1) : totals().cost_remainder + (cost - longer) / totals().cost_quotient;
   }
 
   // The tile that a unit belongs to; `request`: any request not after the tile's (the search goes on from there).
   __device__ __forceinline__ Tile find(int unit, int request) const {
     Tile tile;
-    tile.is_context = unit >= prefix_units;
+    tile.is_context = unit >= totals().prefix_units;
     if (!tile.is_context) {
-      const int tile_number = unit / prefix_blocks;
-      const int index = tile_number % prefix_tiles;
-      tile.kv_head = tile_number / prefix_tiles;
+      const int tile_number = unit / totals().prefix_blocks;
+      const int index = tile_number % totals().prefix_tiles;
+      tile.kv_head = tile_number / totals().prefix_tiles;
       tile.request = 0;
       tile.packed_row = index * kPrefixRows;
-      tile.rows = min(kPrefixRows, tokens * group - tile.packed_row);
-      tile.first_unit = tile_number * prefix_blocks;
-      tile.block = prefix_block_begin + unit - tile.first_unit;
-      tile.block_end = prefix_block_begin + prefix_blocks;
+      tile.rows = min(kPrefixRows, totals().tokens * totals().group - tile.packed_row);
+      tile.first_unit = tile_number * totals().prefix_blocks;
+      tile.block = totals().prefix_block_begin + unit - tile.first_unit;
+      tile.block_end = totals().prefix_block_begin + totals().prefix_blocks;
     } else {
-      const int rest = unit - prefix_units;
-      while (unit_start[request + 1] <= rest) ++request;
+      const int rest = unit - totals().prefix_units;
+      while (unit_start()[request + 1] <= rest) ++request;
       const int blocks = context_blocks(request), tiles = context_tiles(request);
-      const int tile_number = (rest - unit_start[request]) / blocks;
+      const int tile_number = (rest - unit_start()[request]) / blocks;
       const int index = tile_number % tiles;
       tile.kv_head = tile_number / tiles;
       tile.request = request;
-      tile.packed_row = token_start[request] * group + index * kContextRows;
-      tile.rows = min(kContextRows, request_tokens(request) * group - index * kContextRows);
-      tile.first_unit = prefix_units + unit_start[request] + tile_number * blocks;
+      tile.packed_row = token_start()[request] * totals().group + index * kContextRows;
+      tile.rows = min(kContextRows, request_tokens(request) * totals().group - index * kContextRows);
+      tile.first_unit = totals().prefix_units + unit_start()[request] + tile_number * blocks;
       tile.block = context_block_begin(request) + unit - tile.first_unit;
       tile.block_end = context_block_begin(request) + blocks;
     }
@@ -117,7 +133,7 @@ struct Schedule {
     int low = 0, high = arguments->params.batch;
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      if (unit_start[middle] <= unit - prefix_units)
+      if (unit_start()[middle] <= unit - totals().prefix_units)
         low = middle;
       else
         high = middle;
@@ -126,10 +142,10 @@ struct Schedule {
   }
 
   // Called by all threads; scratch: 2 * kWarps ints. Ends with a barrier.
-  __device__ __forceinline__ void build(const KernelArguments& a, int* scratch) {
-    arguments = &a;
+  __device__ __forceinline__ void build(int* scratch) const {
+    const KernelArguments& a = *arguments;
     const RelayParams& p = a.params;
-    group = p.num_heads / p.kv_num_heads;
+    const int group = p.num_heads / p.kv_num_heads;
     const int per_thread = (p.batch + kThreads - 1) / kThreads;
     const int begin_request = min(static_cast<int>(threadIdx.x) * per_thread, p.batch);
     const int end_request = min(begin_request + per_thread, p.batch);
@@ -137,45 +153,45 @@ struct Schedule {
     int mine = 0, total;
     for (int b = begin_request; b < end_request; ++b) {
       const Lengths n = read_lengths(p, b);
-      token_start[b] = n.query;
-      context_len[b] = n.context;
+      token_start()[b] = n.query;
+      context_len()[b] = n.context;
       mine += n.query;
     }
     int start = scan(mine, scratch, &total);
 
     int my_units = 0, lowest = INT32_MAX;
     for (int b = begin_request; b < end_request; ++b) {
-      const int end = start + token_start[b];
+      const int end = start + token_start()[b];
       const int clipped_begin = min(max(start, a.token_begin), a.token_end);
       const int clipped_end = min(max(end, a.token_begin), a.token_end);
       const int count = clipped_end - clipped_begin;
-      token_start[b] = clipped_begin - a.token_begin;
-      first_token[b] = clipped_begin - start;
+      token_start()[b] = clipped_begin - a.token_begin;
+      first_token()[b] = clipped_begin - start;
       if (count > 0) {
-        lowest = min(lowest, context_len[b] + first_token[b]);
+        lowest = min(lowest, context_len()[b] + first_token()[b]);
         const int window = p.local_window_size;
-        const int first_key = context_len[b] + first_token[b] - window + 1;
+        const int first_key = context_len()[b] + first_token()[b] - window + 1;
         const int first_block = window > 0 && first_key > 0 ? first_key / kBlockKeys : 0;
-        const int keys = context_len[b] + first_token[b] + count;
+        const int keys = context_len()[b] + first_token()[b] + count;
         const int blocks = (keys + kBlockKeys - 1) / kBlockKeys - first_block;
         my_units += p.kv_num_heads * ((count * group + kContextRows - 1) / kContextRows) * blocks;
       }
       for (int t = 0; t < count; ++t)
-        request_of_token[clipped_begin - a.token_begin + t] = static_cast<uint16_t>(b);
-      unit_start[b] = my_units;  // for now: counted inside this thread's requests, its own included
+        request_of_token()[clipped_begin - a.token_begin + t] = static_cast<uint16_t>(b);
+      unit_start()[b] = my_units;  // for now: counted inside this thread's requests, its own included
       start = end;
     }
-    tokens = min(max(total, a.token_begin), a.token_end) - a.token_begin;
+    const int tokens = min(max(total, a.token_begin), a.token_end) - a.token_begin;
     int context_units;
     int units_before = scan(my_units, scratch, &context_units);
     for (int b = begin_request; b < end_request; ++b) {
-      const int through = units_before + unit_start[b];
-      unit_start[b] = b == begin_request ? units_before : mine;
+      const int through = units_before + unit_start()[b];
+      unit_start()[b] = b == begin_request ? units_before : mine;
       mine = through;
     }
     if (threadIdx.x == 0) {
-      token_start[p.batch] = tokens;
-      unit_start[p.batch] = context_units;
+      token_start()[p.batch] = tokens;
+      unit_start()[p.batch] = context_units;
     }
     for (int distance = 16; distance > 0; distance /= 2)
       lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
@@ -183,19 +199,25 @@ struct Schedule {
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) lowest = min(lowest, scratch[kWarps + w]);
 
-    prefix_tiles = (tokens * group + kPrefixRows - 1) / kPrefixRows;
-    prefix_block_begin = 0;
+    ScheduleTotals t{};
+    t.group = group;
+    t.tokens = tokens;
+    t.prefix_tiles = (tokens * group + kPrefixRows - 1) / kPrefixRows;
     if (p.local_window_size > 0 && tokens > 0)
-      prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) / kBlockKeys;
-    prefix_blocks = max(0, (p.prefix_length + kBlockKeys - 1) / kBlockKeys - prefix_block_begin);
-    prefix_units = p.kv_num_heads * prefix_tiles * prefix_blocks;
-    units = prefix_units + context_units;
-    const int cost = prefix_units * a.prefix_cost + context_units * a.context_cost;
+      t.prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) / kBlockKeys;
+    t.prefix_blocks = max(0, (p.prefix_length + kBlockKeys - 1) / kBlockKeys - t.prefix_block_begin);
+    t.prefix_units = p.kv_num_heads * t.prefix_tiles * t.prefix_blocks;
+    t.units = t.prefix_units + context_units;
+    const int cost = t.prefix_units * a.prefix_cost + context_units * a.context_cost;
     // At least one unit each, so that no worker inside a tile is without a partial.
-    workers = min(static_cast<int>(gridDim.x), cost / max(a.prefix_cost, a.context_cost));
-    if (units > 0) workers = max(workers, 1);
-    cost_quotient = workers > 0 ? cost / workers : 0;
-    cost_remainder = workers > 0 ? cost - cost_quotient * workers : 0;
+    t.workers = min(static_cast<int>(gridDim.x), cost / max(a.prefix_cost, a.context_cost));
+    if (t.units > 0) t.workers = max(t.workers, 1);
+    if (t.workers > 0) {
+      t.cost_quotient = cost / t.workers;
+      t.cost_remainder = cost - t.cost_quotient * t.workers;
+    }
+    if (threadIdx.x == 0) totals() = t;
+    __syncthreads();
   }
 
  private:

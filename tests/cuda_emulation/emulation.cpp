@@ -106,7 +106,7 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
   const Kernels kernels = find_kernels(p, plan);
   if (tuning->algorithm == 1) {
     if (p.scale == 0) p.scale = 1 / std::sqrt(static_cast<float>(p.head_dim));
-    cuda_on_host::launch(options, 3, kThreads, 0, [&] { kernels.reference_append(p); });
+    cuda_on_host::launch(options, 3, kThreads, 0, [&] { kernels.append(p); });
     cuda_on_host::launch(options, p.batch * p.sequence * p.num_heads, 32, 0, [&] { kernels.reference_attention(p); });
   } else {
     const size_t size = workspace_layout(p, plan.tokens_per_launch, plan.grid).total;
@@ -115,6 +115,7 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
     uint32_t* words = reinterpret_cast<uint32_t*>(barrier.data);
     std::memset(words, 0, kBarrierBytes);
     words[32] = static_cast<uint32_t>(seed * 2654435761u);  // the epoch may start from anything
+    if (plan.append_before) cuda_on_host::launch(options, 3, kThreads, 0, [&] { kernels.append(p); });
     for (int i = 0; i < plan.launches; ++i) {
       run(kernels, kernel_arguments(p, plan, i, workspace.data, words), plan, options);
       if (words[0] != 0) cuda_on_host::die("the barrier is not ready for the next launch");
