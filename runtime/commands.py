@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from relay_attention.errors import PromptError, RelayError
 
@@ -216,12 +217,12 @@ def _refuse(errors: list[str]) -> None:
 class _Writer:
     """Writes results in the order of the prompts, each as soon as those before it are there.
 
-    A file is written as FILE.partial and renamed at the end, whatever it is; a killed process leaves it.
+    A file is written as FILE.partial and renamed at the end, or on Ctrl-C; any other end leaves FILE.partial.
     """
 
     def __init__(self, output: str | None):
         self._output = Path(output) if output else None
-        self._stream: TextIO = sys.stdout
+        self._stream = io.FileIO(1, "wb", closefd=False)  # unbuffered: a line is out, or an error
         self._results: dict[int, GenerationResult] = {}
         self._written = 0
 
@@ -229,15 +230,16 @@ class _Writer:
         if self._output:
             self._partial = self._output.with_name(self._output.name + ".partial")
             try:
-                self._stream = self._partial.open("w", encoding="utf-8")
+                self._stream = io.FileIO(self._partial, "wb")
             except OSError as error:
                 raise RelayError(f"{self._partial}: cannot be written: {error.strerror}") from error
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self._output:
             self._stream.close()
-            self._partial.replace(self._output)
+            if kind is None:
+                self._partial.replace(self._output)
 
     def event(self, event: GenerationEvent) -> None:
         """Takes news of one request; only its end matters."""
@@ -271,7 +273,15 @@ class _Writer:
             ]
         if result.error:
             fields["error"] = result.error
-        print(json.dumps(fields, ensure_ascii=False), file=self._stream, flush=True)
+        data = (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8")
+        try:
+            while data:
+                data = data[self._stream.write(data) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            name = self._partial if self._output else "standard output"
+            raise RelayError(f"{name}: cannot be written: {error.strerror}") from error
         self._written += 1
 
 

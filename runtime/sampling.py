@@ -126,7 +126,7 @@ class Sampler:
     ):
         """seen: arrays of the tokens before the first generated one, for the repetition penalty."""
         self.params = params
-        self._stop_token_ids = np.array(sorted(set(stop_token_ids)), np.int64)
+        self._stop_token_ids = frozenset(stop_token_ids)
         self._generator = np.random.default_rng(params.seed) if params.temperature > 0 else None
         self._before = seen
         self._seen: npt.NDArray[np.int32] | None = None
@@ -136,8 +136,7 @@ class Sampler:
         return token_id in self._stop_token_ids
 
     def sample(self, logits: Floats, generated: int) -> int:
-        """Chooses a token from logits [vocab]; `generated` tokens were chosen before. The logits are left
-        alone.
+        """Chooses a token from logits [vocab], which stay as they are; `generated` tokens came before it.
 
         Raises: FloatingPointError if the logits are NaN, or infinite at the top.
         """
@@ -146,9 +145,9 @@ class Sampler:
             raise FloatingPointError("the model's logits are not finite")
         if params.repetition_penalty != 1.0:
             logits = self._penalize(logits)
-        if generated < params.min_new_tokens and self._stop_token_ids.size:
+        if generated < params.min_new_tokens and self._stop_token_ids:
             logits = logits.copy()
-            logits[self._stop_token_ids] = -np.inf
+            logits[list(self._stop_token_ids)] = -np.inf
         token_id = int(logits.argmax()) if self._generator is None else self._draw(logits, self._generator)
         if self._seen is not None:
             self._seen = np.append(self._seen, np.int32(token_id))

@@ -217,6 +217,18 @@ def test_ctrl_c_keeps_what_is_finished(artifact, tmp_path):
     assert not partial.exists()
 
 
+def test_full_disk(artifact):
+    """What cannot be written is an error with the name of the output."""
+    command = " ".join([*COMMAND, "generate", str(artifact.path), "--prompts", "-", "--max-new-tokens", "2"])
+    done = subprocess.run(
+        ["bash", "-c", f"echo hello | {command} > /dev/full"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr == "relay-attention: error: standard output: cannot be written: No space left on device\n"
+    )
+
+
 def test_closed_pipe(artifact):
     """A reader that has enough (head) is no error worth a traceback."""
     command = " ".join([*COMMAND, "generate", str(artifact.path), "--prompts", "-", "--max-new-tokens", "2"])
