@@ -497,3 +497,19 @@ def test_context_manager_closes(make):
 def test_unknown_backend(artifact):
     with pytest.raises(BackendError, match="there is no backend 'tpu'; there is onnxruntime"):
         RelayDecoder.load(artifact.path, "tpu")
+
+
+def test_progress_bar(make, capsys, monkeypatch):
+    """At a terminal, for batches that are not streamed; or when asked for."""
+    decoder, params = make(), SamplingParams(max_new_tokens=2)
+    decoder.generate([[1], [2]], params)
+    assert capsys.readouterr().err == ""
+    decoder.generate([[1], [2]], params, progress=True)
+    assert "2/2" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    decoder.generate([[1], [2]], params)
+    assert "2/2" in capsys.readouterr().err
+    decoder.generate([[1], [2]], params, stream=lambda event: None)
+    decoder.generate([[1]], params)
+    decoder.generate([[1], [2]], params, progress=False)
+    assert capsys.readouterr().err == ""
