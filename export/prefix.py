@@ -204,6 +204,7 @@ def set_prefix(
     """Points the prefix initializers of a graph at a prefix file, or makes them empty. Graph inputs are left
     alone."""
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    stated = {value.name: value.type.tensor_type.shape for value in model.graph.value_info}
     extents = file.extents() if file else [(0, 0, 0)] * geometry.num_layers
     for layer, ((heads, head_dim), (key_offset, value_offset, nbytes)) in enumerate(
         zip(geometry.layers, extents, strict=True)
@@ -215,6 +216,8 @@ def set_prefix(
             length = file.header.prefix_length if file else 0
             del tensor.dims[:], tensor.external_data[:]
             tensor.dims.extend([heads, length, head_dim])
+            if tensor.name in stated:
+                stated[tensor.name].dim[1].dim_value = length
             tensor.raw_data = b""
             tensor.data_location = onnx.TensorProto.DEFAULT
             if file:

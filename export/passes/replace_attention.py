@@ -64,7 +64,8 @@ class ReplaceAttention(ir.passes.InPlacePass):
             for name in (_NAMES.context_lens, _NAMES.query_lens)
         ]
         rotary = [site.rotary.cos_cache, site.rotary.sin_cache] if site.rotary else []
-        output = ir.Value(name=f"{DOMAIN}.{layer}.output", shape=site.output.shape, type=site.query.type)
+        name = site.output.name if site.output.is_graph_output() else f"{DOMAIN}.{layer}.output"
+        output = ir.Value(name=name, shape=site.output.shape, type=site.query.type)
         present = [
             ir.Value(name=name.format(layer=layer), shape=ir.Shape(kv_shape), type=ir.TensorType(dtype))
             for name in (_NAMES.present_key, _NAMES.present_value)
@@ -89,7 +90,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
             name=f"{OP_TYPE}.{layer}",
         )
         graph.insert_after(site.node, node)
-        site.output.replace_all_uses_with(output)
+        site.output.replace_all_uses_with(output, replace_graph_outputs=True)
         graph.remove(site.node, safe=True)
         graph.outputs.extend(present)
 
@@ -120,9 +121,11 @@ def _release_names(model: ir.Model, site: AttentionSite) -> None:
     """Takes the site's own caches off the graph's inputs and outputs, whose names the new ones may take."""
     graph = model.graph
     for value in site.node.outputs:
+        if value is site.output:
+            continue
         while value in graph.outputs:
             graph.outputs.remove(value)
-        if value.name and value is not site.output:
+        if value.name:
             value.name = f"source.{value.name}"
     for cache in site.caches:
         if cache.is_graph_input() and list(cache.consumers()) == [site.node]:
