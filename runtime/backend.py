@@ -18,6 +18,7 @@ Int32 = npt.NDArray[np.int32]
 # name: (module, class). A module is imported when its backend is asked for: it may need packages of its own.
 _BACKENDS = {
     "onnxruntime": ("relay_attention.runtime.onnxruntime_backend", "OnnxRuntimeBackend"),
+    "tensorrt": ("relay_attention.runtime.tensorrt_backend", "TensorRTBackend"),
 }
 
 

@@ -1,0 +1,349 @@
+"""An artifact becomes a TensorRT plan: parse, profiles, build, and a description beside the plan.
+
+The plan lies in the artifact's folder engine/, under a name made of TensorRT's version, the GPU and the model;
+see `runtime.engine`. It holds the prefix, unless the artifact was exported with `--prefix input`. Another system
+prompt of the same length is refitted into a plan that is there, without a build.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from relay_attention.errors import BackendError, ExportError
+from relay_attention.export.passes.tensorrt_check import problems
+from relay_attention.runtime.artifact import MODEL_NAME, Artifact, FileEntry, Manifest
+from relay_attention.runtime.engine import (
+    FOLDER,
+    Box,
+    EngineInfo,
+    Profile,
+    cache_capacity,
+    find_engine,
+    model_hash,
+    plan_path,
+    write_engine,
+)
+
+ALIAS_VARIABLE = "RELAY_TENSORRT_ALIAS_CACHE"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for.
+
+    max_batch, opt_batch: requests that decode together, at most and as tuned for (None: a quarter of max_batch).
+    prefill_batch, chunk: rows and tokens of one prefill call; longer prompts go in several calls.
+    max_context: tokens of one request beside the prefix; None for the artifact's. max_prefix: tokens of an input
+    prefix; None for the artifact's. workspace: bytes that TensorRT may use for scratch, None for its own choice.
+    refit: a static prefix can be replaced by one of the same length without a build.
+    alias_cache: tell TensorRT 10.3+ that present is past (off: it may keep a second copy of the cache).
+    """
+
+    max_batch: int = 64
+    opt_batch: int | None = None
+    prefill_batch: int = 8
+    chunk: int = 512
+    max_context: int | None = None
+    max_prefix: int | None = None
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    refit: bool = True
+    alias_cache: bool = False
+    verbose: bool = False
+    device: int = 0
+    force: bool = False
+
+
+def build_engine(
+    output: str | os.PathLike[str], options: BuildOptions | None = None, progress: bool = False
+) -> Path:
+    """Builds the plan of an artifact for this TensorRT and this GPU, or refits the one that is there.
+
+    progress: say on stderr what is being done. Returns: the plan's path.
+    Raises: ExportError if the artifact is not one for TensorRT or TensorRT refuses its graph; BackendError if
+        TensorRT, its plugin's library, cuda-python or a GPU is missing. A plan that is there stays as it was.
+    """
+    options = options or BuildOptions()
+    artifact = Artifact.open(output)
+    _check(artifact, options)
+    from relay_attention.runtime import tensorrt_backend as backend
+
+    box = backend.this_box(options.device)
+    library = backend.load_plugin()
+    logger = backend.Logger(options.verbose)
+    path = plan_path(artifact, box)
+    with _says(progress, f"TensorRT {box.tensorrt} on {box.gpu}: {path.name}"):
+        if not options.force and (described := _refit(artifact, box, logger, options)):
+            return described
+        info = _info(artifact, box, library, options)
+        plan = _build(artifact, info, logger, options, path.parent / _timing_cache_name(box), progress)
+        # memoryview: a plan of gigabytes is not copied
+        info = replace(info, plan=_entry(plan))
+        write_engine(path, plan, info)
+    return path
+
+
+def _check(artifact: Artifact, options: BuildOptions) -> None:
+    """Everything that can be refused without TensorRT."""
+    manifest = artifact.manifest
+    if manifest.dtype != "float16":
+        raise ExportError(
+            f"{artifact.path}: is {manifest.dtype}; the plugin's kernels take float16: export with --precision fp16"
+        )
+    if found := problems(ir.load(artifact.file(MODEL_NAME))):
+        raise ExportError(
+            f"{artifact.file(MODEL_NAME)}: TensorRT's parser would not take it ({found[0]}"
+            f"{f', and {len(found) - 1} more' if len(found) > 1 else ''}): export with --target tensorrt"
+        )
+    for name in ("max_batch", "prefill_batch", "chunk"):
+        if getattr(options, name) < 1:
+            raise ExportError(f"{name.replace('_', '-')} is {getattr(options, name)}, at least 1 is needed")
+    if not 1 <= (options.opt_batch or 1) <= options.max_batch:
+        raise ExportError(f"opt-batch {options.opt_batch} is not between 1 and max-batch {options.max_batch}")
+    context, prefix = _max_context(manifest, options), _max_prefix(manifest, options)
+    if context < 1 or prefix + context > manifest.geometry.max_positions:
+        raise ExportError(
+            f"prefix of {prefix} tokens + max-context {context} exceed the model's "
+            f"{manifest.geometry.max_positions} positions"
+        )
+    if manifest.prefix.length < 1:
+        raise ExportError(f"{artifact.path}: its prefix is empty; TensorRT takes no empty tensors here")
+
+
+def _max_context(manifest: Manifest, options: BuildOptions) -> int:
+    return manifest.max_context if options.max_context is None else options.max_context
+
+
+def _max_prefix(manifest: Manifest, options: BuildOptions) -> int:
+    if options.max_prefix is None or manifest.prefix.mode == "static":
+        return manifest.prefix.length
+    return max(options.max_prefix, manifest.prefix.length)
+
+
+def _info(artifact: Artifact, box: Box, library: Path, options: BuildOptions) -> EngineInfo:
+    manifest, static = artifact.manifest, artifact.manifest.prefix.mode == "static"
+    most = options.max_batch
+    chunk = min(options.chunk, _max_context(manifest, options))
+    prefill = min(options.prefill_batch, most)
+    return EngineInfo(
+        box=box,
+        model=model_hash(manifest),
+        dtype=manifest.dtype,
+        decode=Profile((1, options.opt_batch or max(most // 4, 1), most), (1, 1, 1)),
+        prefill=Profile((1, 1, prefill), (1, chunk, chunk)),
+        max_context=cache_capacity(manifest, _max_context(manifest, options)),
+        prefix_mode=manifest.prefix.mode,
+        prefix_length=_max_prefix(manifest, options),
+        prefix_tokens=manifest.prefix.token_sha256 if static else "",
+        refit=options.refit and static,
+        plugin=library.name,
+        plan=FileEntry(0, ""),
+    )
+
+
+def _refit(artifact: Artifact, box: Box, logger: Any, options: BuildOptions) -> Path | None:
+    """Refits a plan of this model that holds another prefix; None where there is no plan to refit."""
+    import tensorrt
+
+    from relay_attention.runtime.tensorrt_backend import refit_prefix
+
+    try:
+        path, info = find_engine(artifact, box)
+    except BackendError:
+        return None
+    tokens = artifact.manifest.prefix.token_sha256
+    if not info.refit or info.prefix_tokens == tokens or not _same_profiles(info, artifact, options):
+        return None
+    runtime = tensorrt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        return None
+    refit_prefix(engine, logger, artifact.manifest, artifact.prefix)
+    plan = memoryview(engine.serialize())
+    write_engine(path, plan, replace(info, prefix_tokens=tokens, plan=_entry(plan)))
+    return path
+
+
+def _same_profiles(info: EngineInfo, artifact: Artifact, options: BuildOptions) -> bool:
+    wanted = _info(artifact, info.box, Path(info.plugin), options)
+    return (info.decode, info.prefill, info.max_context) == (
+        wanted.decode,
+        wanted.prefill,
+        wanted.max_context,
+    )
+
+
+def _build(
+    artifact: Artifact,
+    info: EngineInfo,
+    logger: Any,
+    options: BuildOptions,
+    timing_cache: Path,
+    progress: bool,
+) -> memoryview:
+    import tensorrt as trt
+
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    explicit_batch = getattr(
+        trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None
+    )  # gone where it is implied
+    flags = [flag for flag in (strongly_typed, explicit_batch) if flag is not None]
+    builder = trt.Builder(logger)
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    config = builder.create_builder_config()
+
+    with _says(progress, "parsing the graph"), _aliasing(options.alias_cache):
+        _parse(trt, artifact, network, logger)
+    if strongly_typed is None:
+        config.set_flag(trt.BuilderFlag.FP16)
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        _keep_float32(trt, network, ir.load(artifact.file(MODEL_NAME)))
+    if info.refit:
+        _mark_refittable(trt, network, config, artifact.manifest)
+    if options.alias_cache:
+        _alias(trt, config)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    for profile in (info.decode, info.prefill):
+        _add_profile(builder, config, artifact.manifest, info, profile)
+
+    timing_cache = options.timing_cache or timing_cache
+    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    config.set_timing_cache(cache, False)
+    with _says(progress, "building: TensorRT times kernels, which takes minutes"):
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(f"{artifact.path}: TensorRT could not build the engine: {logger.take()}")
+    timing_cache.parent.mkdir(parents=True, exist_ok=True)
+    part = timing_cache.with_name(timing_cache.name + ".part")
+    part.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    part.replace(timing_cache)
+    return memoryview(plan)
+
+
+def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:
+    parser = trt.OnnxParser(network, logger)
+    model = artifact.file(MODEL_NAME).resolve()
+    if not parser.parse_from_file(str(model)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        shown = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors[:5])
+        raise ExportError(f"{model}: TensorRT's parser refuses it: {shown or logger.take()}")
+    linear = 1 << int(trt.TensorFormat.LINEAR)
+    for index in range(network.num_inputs):
+        network.get_input(index).allowed_formats = linear
+    for index in range(network.num_outputs):
+        network.get_output(index).allowed_formats = linear
+
+
+def _keep_float32(trt: Any, network: Any, model: ir.Model) -> None:
+    """Before TensorRT had typed networks: layers that are float32 in the graph stay so under the FP16 flag."""
+    names = {node.name for node in model.graph if _computes_float32(node)}
+    values = {value.name for node in model.graph if _computes_float32(node) for value in node.outputs}
+    left_alone = {
+        getattr(trt.LayerType, name)
+        for name in ("CAST", "CONSTANT", "SHAPE", "SHUFFLE", "GATHER", "CONCATENATION", "SLICE", "PLUGIN_V2")
+    }
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(output) for output in range(layer.num_outputs)]
+        if layer.type in left_alone or not (layer.name in names or any(o.name in values for o in outputs)):
+            continue
+        layer.precision = trt.DataType.FLOAT
+        for output in range(layer.num_outputs):
+            layer.set_output_type(output, trt.DataType.FLOAT)
+
+
+def _computes_float32(node: ir.Node) -> bool:
+    return node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
+
+
+def _prefix_names(manifest: Manifest) -> Iterator[str]:
+    for layer in range(manifest.geometry.num_layers):
+        yield manifest.io.prefix_key.format(layer=layer)
+        yield manifest.io.prefix_value.format(layer=layer)
+
+
+def _mark_refittable(trt: Any, network: Any, config: Any, manifest: Manifest) -> None:
+    """The prefix alone where TensorRT can mark single weights (10.1 on), every weight before."""
+    individual = getattr(trt.BuilderFlag, "REFIT_INDIVIDUAL", None)
+    if individual is None or not hasattr(network, "mark_weights_refittable"):
+        config.set_flag(trt.BuilderFlag.REFIT)
+        return
+    config.set_flag(individual)
+    for name in _prefix_names(manifest):
+        if not network.mark_weights_refittable(name):
+            raise ExportError(f"TensorRT cannot make {name} refittable: build with --no-refit")
+
+
+def _alias(trt: Any, config: Any) -> None:
+    feature = getattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03", None)
+    if feature is None:
+        raise ExportError(f"--alias-cache needs TensorRT 10.3 or later, this is {trt.__version__}")
+    config.set_preview_feature(feature, True)
+
+
+@contextmanager
+def _aliasing(wanted: bool) -> Iterator[None]:
+    """The plugin's creator asks the environment, while the parser calls it."""
+    before = os.environ.get(ALIAS_VARIABLE)
+    os.environ[ALIAS_VARIABLE] = "1" if wanted else "0"
+    try:
+        yield
+    finally:
+        del os.environ[ALIAS_VARIABLE]
+        if before is not None:
+            os.environ[ALIAS_VARIABLE] = before
+
+
+def _add_profile(builder: Any, config: Any, manifest: Manifest, info: EngineInfo, profile: Profile) -> None:
+    names, made = manifest.io, builder.create_optimization_profile()
+    batches, capacity = profile.batch, info.max_context
+    made.set_shape(names.input_ids, *zip(profile.batch, profile.sequence, strict=True))
+    for name in (names.context_lens, names.query_lens):
+        made.set_shape(name, *((batch,) for batch in batches))
+    for layer, (heads, dim) in enumerate(manifest.geometry.layers):
+        for pattern in (names.past_key, names.past_value):
+            sizes = zip(batches, (1, capacity, capacity), strict=True)
+            made.set_shape(pattern.format(layer=layer), *((batch, heads, size, dim) for batch, size in sizes))
+    if manifest.prefix.mode == "input":
+        lengths = (1, manifest.prefix.length, info.prefix_length)
+        for name, (heads, dim) in zip(
+            _prefix_names(manifest),
+            (layer for layer in manifest.geometry.layers for _ in range(2)),
+            strict=True,
+        ):
+            made.set_shape(name, *((heads, length, dim) for length in lengths))
+    if config.add_optimization_profile(made) < 0:
+        raise ExportError(f"TensorRT refuses the profile {profile}: choose other sizes")
+
+
+def _timing_cache_name(box: Box) -> str:
+    return f"timing-trt{box.tensorrt}-sm{box.compute_capability.replace('.', '')}.cache"
+
+
+def _entry(plan: memoryview) -> FileEntry:
+    import hashlib
+
+    return FileEntry(plan.nbytes, hashlib.sha256(plan).hexdigest())
+
+
+@contextmanager
+def _says(progress: bool, what: str) -> Iterator[None]:
+    start = time.monotonic()
+    if progress:
+        print(what, file=sys.stderr, flush=True)
+    yield
+    if progress:
+        print(f"  {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+__all__ = ["FOLDER", "BuildOptions", "build_engine"]

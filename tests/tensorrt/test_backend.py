@@ -1,0 +1,455 @@
+"""build, the plan's description and the TensorRT backend, over FAKES of tensorrt and cuda (see fake_gpu.py).
+
+They show which calls are made, in which order, with which shapes and addresses; not that TensorRT takes them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_gpu import Gpu, installed
+
+from relay_attention.errors import BackendError, ExportError, RelayError
+from relay_attention.runtime.artifact import Artifact
+from relay_attention.runtime.engine import cache_capacity
+
+_spec = importlib.util.spec_from_file_location(
+    "runtime_conftest", Path(__file__).parents[1] / "runtime/conftest.py"
+)
+assert _spec and _spec.loader
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+OTHER_PROMPT = tiny.SYSTEM_PROMPT.replace("Ann 12", "Ann 21")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Artifacts of the tiny decoder in float16; not to be changed."""
+    folder = tmp_path_factory.mktemp("exported")
+    kinds: dict[str, dict[str, Any]] = {
+        "static": {}, "input": {"mode": "input"}, "all": {"logits": "all"}, "other": {"text": OTHER_PROMPT},
+        "short": {"text": "Be kind."}, "short input": {"text": "Be kind.", "mode": "input"},
+    }  # fmt: skip
+    for name, options in kinds.items():
+        tiny.make_artifact(folder / name, dtype="float16", **options)
+    return {name: folder / name for name in kinds}
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Gpu]:
+    made = Gpu()
+    made.version = getattr(request, "param", made.version)
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b"")
+    with installed(made, library):
+        yield made
+
+
+@pytest.fixture
+def artifact(exported: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the static artifact."""
+    return copied(exported["static"], tmp_path / "artifact")
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
+
+
+def build(folder: Path, **options: Any) -> Path:
+    from relay_attention.export.build import BuildOptions, build_engine
+
+    defaults = {"max_batch": 12, "prefill_batch": 3, "chunk": 16}
+    return build_engine(folder, BuildOptions(**(defaults | options)))
+
+
+def load(folder: Path, **options: Any) -> Any:
+    from relay_attention.runtime.tensorrt_backend import TensorRTBackend
+
+    return TensorRTBackend(Artifact.open(folder), **options)
+
+
+def reference(folder: Path) -> Any:
+    from relay_attention.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(Artifact.open(folder), threads=1)
+
+
+class Pair:
+    """The backend under test beside ONNX Runtime; every call goes to both, and results are compared."""
+
+    def __init__(self, tested: Any, expected: Any, max_batch: int, max_context: int = 64):
+        self.backends = (tested, expected)
+        self.random = np.random.default_rng(0)
+        for backend in self.backends:
+            backend.allocate(max_batch, max_context)
+
+    def step(
+        self, first_row: int, context_lens: list[int], query_lens: list[int], sequence: int | None = None
+    ) -> None:
+        rows, sequence = len(query_lens), sequence or max(query_lens)
+        ids = self.random.integers(0, 250, (rows, sequence)).astype(np.int32)
+        found = []
+        for backend in self.backends:
+            backend.step(
+                first_row, ids.copy(), np.array(context_lens, np.int32), np.array(query_lens, np.int32)
+            )
+            found.append(backend.read_logits().copy())
+        active = np.array(query_lens) > 0
+        assert found[0].shape == found[1].shape == (rows, found[1].shape[1])
+        np.testing.assert_allclose(found[0][active], found[1][active], rtol=2e-2, atol=2e-2)
+
+    def move(self, *rows_and_length: int) -> None:
+        for backend in self.backends:
+            backend.move(*rows_and_length)
+
+
+@pytest.mark.parametrize("gpu", ["8.6.0", "10.16.0", "11.1.0"], indirect=True)
+@pytest.mark.parametrize("kind", ["static", "input", "all"])
+def test_same_logits_as_onnxruntime(gpu: Gpu, exported: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = copied(exported[kind], tmp_path / "artifact")
+    plan = build(folder)
+    assert plan.name.startswith(f"trt{gpu.version}-fake-h100-sm90-")
+    pair = Pair(load(folder), reference(folder), max_batch=8)
+    pair.step(0, [0, 0, 0, 0, 0], [5, 1, 9, 2, 7])  # ragged, more rows than one prefill call takes
+    pair.step(0, [5, 1, 9, 2, 7], [1] * 5)
+    pair.step(0, [6, 2, 10, 3, 8], [1] * 5)
+    pair.step(5, [0], [37])  # longer than one prefill call takes
+    pair.move(5, 1, 37)
+    pair.step(0, [7, 37, 11, 4], [1, 1, 1, 1])
+    pair.step(4, [9, 37], [1, 1])
+    pair.step(0, [8, 38, 12, 5], [3, 0, 20, 1], 20)
+    assert gpu.launches == [
+        "enqueue 3x9", "enqueue 2x9", "enqueue 8x1", "graph 8x1", "enqueue 1x16", "enqueue 1x16", "enqueue 1x5",
+        "enqueue 4x1", "enqueue 2x1", "enqueue 3x16", "enqueue 3x4", "enqueue 1x16",
+    ]  # fmt: skip
+    for tested, expected in zip(pair.backends[0].read_cache(1, 38), pair.backends[1]._keys, strict=True):
+        np.testing.assert_array_equal(tested[0], expected[1, :, :38])
+    pair.backends[0].close()
+    assert not gpu.memory, "device memory was not freed"
+    assert not gpu.pinned
+
+
+def test_without_graphs(gpu: Gpu, artifact: Path) -> None:
+    build(artifact)
+    pair = Pair(load(artifact, cuda_graph=False), reference(artifact), max_batch=4)
+    pair.step(0, [0, 0, 0], [4, 2, 6])
+    for step in range(3):
+        pair.step(0, [4 + step, 2 + step, 6 + step], [1] * 3)
+    assert gpu.launches[1:] == ["enqueue 3x1"] * 3
+
+
+def test_buckets(gpu: Gpu, artifact: Path) -> None:
+    build(artifact, max_batch=44)
+    backend = load(artifact)
+    backend.allocate(44, 64)
+    sizes = [backend._bucket(rows) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 40, 41, 44)]
+    assert sizes == [1, 2, 4, 8, 8, 16, 16, 24, 40, 44, 44]
+
+
+def test_padding_rows_do_not_touch_their_slots(gpu: Gpu, artifact: Path) -> None:
+    """Rows that a bucket adds may hold other requests' caches: they stay as they are."""
+    build(artifact)
+    pair = Pair(load(artifact), reference(artifact), max_batch=8)
+    pair.step(0, [0] * 8, [6] * 8)
+    before = [pair.backends[0].read_cache(row, 64) for row in range(5, 8)]
+    pair.step(0, [6] * 5, [1] * 5)
+    pair.step(0, [7] * 5, [1] * 5)
+    for row, layers in zip(range(5, 8), before, strict=True):
+        for layer, found in zip(layers, pair.backends[0].read_cache(row, 64), strict=True):
+            np.testing.assert_array_equal(layer[0], found[0])
+
+
+def test_another_prefix_is_refitted_when_loading(gpu: Gpu, exported: dict[str, Path], tmp_path: Path) -> None:
+    static, other = (Artifact.open(exported[name]).manifest for name in ("static", "other"))
+    assert static.prefix.length == other.prefix.length
+    folder = copied(exported["other"], tmp_path / "artifact")
+    shutil.copytree(build(copied(exported["static"], tmp_path / "first")).parent, folder / "engine")
+    for described in (folder / "engine").glob("*.json"):  # the fake plan names its model by path
+        assert json.loads(described.read_text())["prefix_tokens"] == static.prefix.token_sha256
+    pair = Pair(load(folder), reference(folder), max_batch=2)
+    assert len(gpu.refits) == 4
+    pair.step(0, [0, 0], [5, 2])
+
+
+def test_build_refits_instead(gpu: Gpu, exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(exported["other"], tmp_path / "artifact")
+    shutil.copytree(build(copied(exported["static"], tmp_path / "first")).parent, folder / "engine")
+    del gpu.config  # type: ignore[attr-defined]
+    plan = build(folder)
+    assert not hasattr(gpu, "config"), "TensorRT's builder was used"
+    described = json.loads(plan.with_suffix(".json").read_text())
+    assert described["prefix_tokens"] == Artifact.open(folder).manifest.prefix.token_sha256
+    gpu.refits.clear()
+    Pair(load(folder), reference(folder), max_batch=2).step(0, [0], [5])
+    assert not gpu.refits, "the plan holds the new prefix already"
+    build(folder, force=True)
+    assert hasattr(gpu, "config")
+
+
+def test_set_prefix(gpu: Gpu, exported: dict[str, Path], tmp_path: Path) -> None:
+    """An input prefix is rebound, shorter too; a static one is refitted, of the same length only."""
+    folder = copied(exported["input"], tmp_path / "input")
+    build(folder)
+    pair = Pair(load(folder), reference(folder), max_batch=4)
+    pair.step(0, [0, 0], [5, 3])
+    pair.step(0, [5, 3], [1, 1])
+    for backend in pair.backends:
+        backend.set_prefix(Artifact.open(exported["short input"]).prefix)
+    pair.step(0, [0, 0], [5, 3])
+    pair.step(0, [5, 3], [1, 1])
+    static = copied(exported["static"], tmp_path / "static")
+    build(static)
+    loaded = load(static)
+    with pytest.raises(BackendError, match="part of its plan"):
+        loaded.set_prefix(Artifact.open(exported["short"]).prefix)
+    loaded.set_prefix(Artifact.open(exported["other"]).prefix)
+    Pair(loaded, reference(exported["other"]), max_batch=2).step(0, [0], [4])
+
+
+def test_longer_prefix_than_built_for(gpu: Gpu, exported: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(exported["short input"], tmp_path / "artifact")
+    build(folder)
+    backend = load(folder)
+    longer = Artifact.open(exported["input"]).prefix
+    with pytest.raises(
+        BackendError, match=f"a prefix of {longer.header.prefix_length} tokens; the engine takes 1 to"
+    ):
+        backend.set_prefix(longer)
+    build(folder, max_prefix=longer.header.prefix_length, max_context=64)
+    load(folder).set_prefix(longer)
+
+
+def test_plan_of_another_box(gpu: Gpu, artifact: Path) -> None:
+    build(artifact)
+    gpu.name, gpu.capability = "FAKE A100", (8, 0)
+    with pytest.raises(
+        BackendError, match=r"built on FAKE H100 \(compute capability 9.0\), this is FAKE A100 \(8.0\)"
+    ):
+        load(artifact)
+    gpu.name, gpu.capability = "FAKE H100", (9, 0)
+    from relay_attention.runtime import tensorrt_backend
+
+    tensorrt_backend.tensorrt.__version__ = "8.6.1"
+    with pytest.raises(
+        BackendError, match=r"built by TensorRT 8.6.0, this is 8.6.1.*Run `relay-attention build"
+    ):
+        load(artifact)
+
+
+def test_no_plan(gpu: Gpu, artifact: Path) -> None:
+    with pytest.raises(
+        BackendError, match="no TensorRT plan fits TensorRT 8.6.0 on FAKE H100.*there is none at all"
+    ):
+        load(artifact)
+
+
+def test_plan_of_another_model_or_prefix(
+    gpu: Gpu, exported: dict[str, Path], tmp_path: Path, artifact: Path
+) -> None:
+    plan = build(artifact)
+    for name, reason in (
+        ("short", "built for a prefix of"),
+        ("input", "built for a prefix that is static"),
+        ("all", "another model"),
+    ):
+        folder = copied(exported[name], tmp_path / name)
+        shutil.copytree(plan.parent, folder / "engine")
+        with pytest.raises(BackendError, match=reason):
+            load(folder)
+    other = copied(exported["other"], tmp_path / "other")
+    shutil.copytree(build(artifact, refit=False).parent, other / "engine")
+    with pytest.raises(BackendError, match="built with another system prompt, and without --refit"):
+        load(other)
+
+
+def test_damaged_plans(gpu: Gpu, artifact: Path) -> None:
+    plan = build(artifact)
+    content = plan.read_bytes()
+    described = plan.with_suffix(".json")
+    for damaged, reason in (
+        (content[:-1], "truncated"),
+        (content + b" ", "changed"),
+        (content[:-1] + b"?", "damaged"),
+    ):
+        plan.write_bytes(damaged)
+        with pytest.raises(BackendError, match=reason):
+            load(artifact)
+    plan.unlink()
+    with pytest.raises(BackendError, match=r"missing, though .*\.json is there"):
+        load(artifact)
+    plan.write_bytes(content)
+    text = described.read_text()
+    for damaged_text in (
+        "{",
+        "[]",
+        text.replace('"max_context"', '"max"'),
+        text.replace('"format_version": 1', '"format_version": 2'),
+    ):
+        described.write_text(damaged_text)
+        with pytest.raises(BackendError, match="build the engine again"):
+            load(artifact)
+
+
+def test_plan_that_tensorrt_refuses(gpu: Gpu, artifact: Path) -> None:
+    from relay_attention.runtime.artifact import FileEntry
+    from relay_attention.runtime.engine import EngineInfo, write_engine
+
+    plan = build(artifact)
+    info = EngineInfo.read(plan.with_suffix(".json"))
+    plan.write_bytes(b"not a plan")
+    write_engine(plan, b"not a plan", replace(info, plan=FileEntry.of(plan)))
+    with pytest.raises(BackendError, match="refuses the plan: magic tag does not match"):
+        load(artifact)
+
+
+def test_beyond_the_profile(gpu: Gpu, artifact: Path) -> None:
+    build(artifact)
+    backend = load(artifact)
+    with pytest.raises(BackendError, match="max_batch 13 is beyond the engine's 12.*--max-batch 13"):
+        backend.allocate(13, 64)
+    with pytest.raises(BackendError, match="max_context 80 is beyond the engine's 64"):
+        backend.allocate(4, 80)
+    backend.allocate(4, 64)
+    with pytest.raises(BackendError, match=r"rows 2..4 of 4 slots"):
+        backend.step(2, *(np.zeros(shape, np.int32) for shape in ((3, 1), (3,), (3,))))
+
+
+def test_out_of_device_memory(gpu: Gpu, artifact: Path) -> None:
+    build(artifact)
+    backend = load(artifact)
+    gpu.total = (256 << 20) + 50_000
+    with pytest.raises(BackendError, match="GiB of device memory are free: at most max_batch"):
+        backend.allocate(12, 64)
+
+
+def test_failing_engine(gpu: Gpu, artifact: Path) -> None:
+    """A step that fails is an error; the next one works, with graphs and shapes set up anew."""
+    build(artifact)
+    pair = Pair(load(artifact), reference(artifact), max_batch=4)
+    pair.step(0, [0, 0], [3, 4])
+    pair.step(0, [3, 4], [1, 1])
+    gpu.fail_enqueue = True
+    with pytest.raises(BackendError, match="TensorRT failed in a step of 2 rows x 2"):
+        pair.backends[0].step(0, *(np.ones(shape, np.int32) for shape in ((2, 2), (2,), (2,))))
+    gpu.fail_enqueue = False
+    pair.step(0, [4, 5], [1, 1])
+
+
+def test_has_no_threads(gpu: Gpu, artifact: Path) -> None:
+    with pytest.raises(BackendError, match="has no threads to set"):
+        load(artifact, threads=2)
+
+
+def test_no_gpu(gpu: Gpu, artifact: Path) -> None:
+    gpu.devices = 0
+    for action in (build, load):
+        with pytest.raises(BackendError, match="no NVIDIA GPU can be used here.*cudaErrorNoDevice"):
+            action(artifact)
+
+
+def test_plugin_library_missing(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_ATTENTION_TENSORRT_LIBRARY", "/nowhere.so")
+    with pytest.raises(
+        BackendError, match="RELAY_ATTENTION_TENSORRT_LIBRARY is '/nowhere.so', but there is no such"
+    ):
+        build(artifact)
+    monkeypatch.delenv("RELAY_ATTENTION_TENSORRT_LIBRARY")
+    with pytest.raises(BackendError, match="the plugin's library for TensorRT 8 is missing"):
+        build(artifact)
+
+
+def test_plugin_library_that_does_not_load(gpu: Gpu, artifact: Path) -> None:
+    gpu.registry.refuse = True
+    with pytest.raises(BackendError, match="could not load RelayAttention from it"):
+        build(artifact)
+
+
+def test_refuses_artifacts_that_are_not_for_tensorrt(gpu: Gpu, tmp_path: Path) -> None:
+    tiny.make_artifact(tmp_path / "wide")
+    with pytest.raises(ExportError, match="is float32; the plugin's kernels take float16"):
+        build(tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_batch": 0}, "max-batch is 0"),
+        ({"opt_batch": 13}, "opt-batch 13 is not between 1 and max-batch 12"),
+        ({"max_context": 4000}, "exceed the model's 512 positions"),
+        ({"alias_cache": True}, "needs TensorRT 10.3 or later, this is 8.6.0"),
+    ],
+)
+def test_refuses_options(gpu: Gpu, artifact: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RelayError, match=reason):
+        build(artifact, **options)
+    assert not list((artifact).glob("engine/*.plan"))
+
+
+@pytest.mark.parametrize("gpu", ["8.6.0", "10.16.0", "11.1.0"], indirect=True)
+def test_what_tensorrt_is_asked_to_build(gpu: Gpu, artifact: Path) -> None:
+    plan = build(artifact, workspace=1 << 30, opt_batch=6)
+    config, network = gpu.config, gpu.network  # type: ignore[attr-defined]
+    typed = gpu.version != "8.6.0"
+    assert network.flags == {"8.6.0": 1, "10.16.0": 3, "11.1.0": 1}[gpu.version]
+    assert config.flags == (
+        {"REFIT_INDIVIDUAL"} if typed else {"REFIT", "FP16", "OBEY_PRECISION_CONSTRAINTS"}
+    )
+    assert len(network.refittable) == (4 if typed else 0)
+    assert config.limits == {"WORKSPACE": 1 << 30}
+    assert config.profiles[0]["input_ids"] == [[1, 1], [6, 1], [12, 1]]
+    assert config.profiles[1]["input_ids"] == [[1, 1], [1, 16], [3, 16]]
+    capacity = cache_capacity(Artifact.open(artifact).manifest, 64)
+    assert config.profiles[0]["past_key_values.1.value"] == [
+        [1, 2, 1, 8],
+        [6, 2, capacity, 8],
+        [12, 2, capacity, 8],
+    ]
+    forced = {layer.name for layer in network.layers if layer.precision is not None}
+    assert bool(forced) == (not typed)
+    if not typed:
+        assert {name.split("_")[0] for name in forced} <= {
+            "MatMul",
+            "Add",
+            "Tanh",
+            "GatherElements",
+            "logits",
+        }
+    assert not list(plan.parent.glob("*.part"))
+
+
+def test_timing_cache_is_reused(gpu: Gpu, artifact: Path) -> None:
+    plan = build(artifact)
+    (cache,) = plan.parent.glob("timing-trt8.6.0-sm90.cache")
+    assert cache.read_bytes() == b"timed."
+    build(artifact, force=True)
+    assert cache.read_bytes() == b"timed.timed."
+    elsewhere = artifact / "own.cache"
+    build(artifact, force=True, timing_cache=elsewhere)
+    assert elsewhere.read_bytes() == b"timed."
+
+
+def test_decoder_end_to_end(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relay_attention.runtime import backend as backends
+    from relay_attention.runtime.decoder import RelayDecoder
+    from relay_attention.runtime.sampling import SamplingParams
+
+    assert "tensorrt" in backends._BACKENDS
+    build(artifact)
+    prompts = [[5, 6, 7], [9], list(range(20, 60)), [1, 2]] * 3
+    params = SamplingParams(temperature=0.0, max_new_tokens=8)
+    answers = []
+    for name in ("tensorrt", "onnxruntime"):
+        with RelayDecoder.load(artifact, backend=name, max_batch=5, max_context=64) as decoder:
+            answers.append([result.token_ids for result in decoder.generate(prompts, params)])
+    assert answers[0] == answers[1]
+    assert any(launch.startswith("graph") for launch in gpu.launches)
