@@ -1,8 +1,8 @@
 """An artifact becomes a TensorRT plan: parse, profiles, build, and a description beside the plan.
 
-The plan lies in the artifact's folder engine/, under a name made of TensorRT's version, the GPU and the model;
-see `runtime.engine`. It holds the prefix, unless the artifact was exported with `--prefix input`. Another system
-prompt of the same length is refitted into a plan that is there, without a build.
+The plan lies in the artifact's folder engine/, under a name made of TensorRT's version, the GPU and the
+model; see `runtime.engine`. It holds the prefix, unless the artifact was exported with `--prefix input`.
+Another system prompt of the same length is refitted into a plan that is there, without a build.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ ALIAS_VARIABLE = "RELAY_TENSORRT_ALIAS_CACHE"
 class BuildOptions:
     """What an engine is built for.
 
-    max_batch, opt_batch: requests that decode together, at most and as tuned for (None: a quarter of max_batch).
+    max_batch, opt_batch: requests that decode together, at most and as tuned for (None: a quarter of it).
     prefill_batch, chunk: rows and tokens of one prefill call; longer prompts go in several calls.
-    max_context: tokens of one request beside the prefix; None for the artifact's. max_prefix: tokens of an input
-    prefix; None for the artifact's. workspace: bytes that TensorRT may use for scratch, None for its own choice.
+    max_context: tokens of one request beside the prefix; None for the artifact's.
+    max_prefix: tokens of an input prefix; None for the artifact's.
+    workspace: bytes that TensorRT may use for scratch, None for its own choice.
     refit: a static prefix can be replaced by one of the same length without a build.
     alias_cache: tell TensorRT 10.3+ that present is past (off: it may keep a second copy of the cache).
+    force: build, even where a plan can be refitted.
     """
 
     max_batch: int = 64
@@ -97,7 +99,8 @@ def _check(artifact: Artifact, options: BuildOptions) -> None:
     manifest = artifact.manifest
     if manifest.dtype != "float16":
         raise ExportError(
-            f"{artifact.path}: is {manifest.dtype}; the plugin's kernels take float16: export with --precision fp16"
+            f"{artifact.path}: is {manifest.dtype}; the plugin's kernels take float16: export with "
+            "--precision fp16"
         )
     if found := problems(ir.load(artifact.file(MODEL_NAME))):
         raise ExportError(
@@ -245,7 +248,8 @@ def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:
 
 
 def _keep_float32(trt: Any, network: Any, model: ir.Model) -> None:
-    """Before TensorRT had typed networks: layers that are float32 in the graph stay so under the FP16 flag."""
+    """For TensorRT without typed networks: layers that are float32 in the graph stay so under the FP16
+    flag."""
     names = {node.name for node in model.graph if _computes_float32(node)}
     values = {value.name for node in model.graph if _computes_float32(node) for value in node.outputs}
     left_alone = {

@@ -46,8 +46,8 @@ def add_build_command(subparsers: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    """Build the TensorRT plan of an artifact. Where one of the same model is there and only the system prompt is
-    another, of the same length, it is refitted instead, in seconds."""
+    """Build the TensorRT plan of an artifact. Where one of the same model is there and only the system prompt
+    is another, of the same length, it is refitted instead, in seconds."""
     from relay_attention.export.build import BuildOptions, build_engine
 
     options = BuildOptions(

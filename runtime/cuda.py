@@ -17,7 +17,8 @@ except ImportError:
         from cuda import cudart  # cuda-python before 12.6
     except ImportError as error:
         raise BackendError(
-            "the backend 'tensorrt' needs cuda-python (pip install cuda-bindings, of your driver's CUDA major): "
+            "the backend 'tensorrt' needs cuda-python (pip install cuda-bindings, of your driver's CUDA "
+            "major): "
             f"{error}"
         ) from error
 
@@ -89,7 +90,7 @@ class PinnedArray:
         self.nbytes = max(count, 1) * np.dtype(dtype).itemsize
         self.address = int(call("cudaHostAlloc", self.nbytes, cudart.cudaHostAllocDefault))
         memory = (ctypes.c_char * self.nbytes).from_address(self.address)
-        self.array: Array = np.frombuffer(memory, dtype)[:count]
+        self.array: Array = np.frombuffer(memoryview(memory), dtype)[:count]
 
     def free(self) -> None:
         if self.address:

@@ -85,7 +85,8 @@ class EngineInfo:
             data = json.loads(path.read_text("utf-8"))
             if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
                 raise BackendError(
-                    f"{path}: format {data['format']} {data['format_version']}, not {FORMAT} {FORMAT_VERSION}: "
+                    f"{path}: format {data['format']} {data['format_version']}, not {FORMAT} "
+                    f"{FORMAT_VERSION}: "
                     "build the engine again"
                 )
             return cls(
@@ -130,7 +131,8 @@ def model_hash(manifest: Manifest) -> str:
 
 
 def cache_capacity(manifest: Manifest, max_context: int) -> int:
-    """max_context rounded up so that every slot of every cache begins where TensorRT takes a tensor's address."""
+    """max_context rounded up so that every slot of every cache begins where TensorRT takes a tensor's
+    address."""
     granularity = 1
     for heads, dim in manifest.geometry.layers:
         token_bytes = heads * dim * np.dtype(manifest.dtype).itemsize
@@ -159,7 +161,8 @@ def find_engine(artifact: Artifact, box: Box) -> tuple[Path, EngineInfo]:
         found = "; ".join(reasons) if reasons else "there is none at all"
         raise BackendError(
             f"{artifact.path / FOLDER}: no TensorRT plan fits TensorRT {box.tensorrt} on {box.gpu} "
-            f"(compute capability {box.compute_capability}): {found}. Run `relay-attention build {artifact.path}` "
+            f"(compute capability {box.compute_capability}): {found}. Run `relay-attention build "
+            f"{artifact.path}` "
             "on this box or one like it"
         )
     info = EngineInfo.read(path.with_suffix(".json"))

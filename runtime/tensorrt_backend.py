@@ -1,8 +1,8 @@
 """TensorRT on an NVIDIA GPU. The only file of the runtime that knows tensorrt; no torch.
 
 The caches are device buffers made once and bound as past and present at the same address, so that the plugin
-appends in place; a step on rows i..j binds the addresses of those rows. Decode steps of rows 0..n-1 are padded
-with idle rows to a bucket size and replayed as one CUDA graph; everything else is enqueued as it is.
+appends in place; a step on rows i..j binds the addresses of those rows. Decode steps of rows 0..n-1 are
+padded with idle rows to a bucket size and replayed as one CUDA graph; everything else is enqueued as it is.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def load_plugin() -> Path:
         registry.load_library(str(library))
         if find(OP_TYPE, PLUGIN_VERSION, DOMAIN) is None:
             raise BackendError(
-                f"{library}: TensorRT {tensorrt.__version__} could not load {OP_TYPE} from it: is it built for "
+                f"{library}: TensorRT {tensorrt.__version__} could not load {OP_TYPE} from it: is it "
+                "built for "
                 "this TensorRT, and can its CUDA libraries be found (ldd)?"
             )
     return library
@@ -196,7 +197,8 @@ class TensorRTBackend:
         ):
             if value > limit:
                 raise BackendError(
-                    f"{name} {value} is beyond the engine's {limit}: choose at most that, or run `relay-attention "
+                    f"{name} {value} is beyond the engine's {limit}: choose at most that, or run "
+                    "`relay-attention "
                     f"build` with --{name.replace('_', '-')} {value}"
                 )
         capacity = cache_capacity(self._manifest, max_context)
@@ -249,7 +251,8 @@ class TensorRTBackend:
                 self._stream.copy_rows(target, source, head, width, heads)
 
     def read_cache(self, row: int, length: int) -> list[tuple[Array, Array]]:
-        """Keys and values [kv_num_heads, length, head_dim] that a slot holds, layer by layer (to compare engines)."""
+        """Keys and values [kv_num_heads, length, head_dim] that a slot holds, layer by layer (to compare
+        engines)."""
         found: list[Array] = []
         for (heads, dim), buffer in self._layer_buffers():
             whole = np.empty((heads, self._capacity, dim), self._dtype)
@@ -268,7 +271,8 @@ class TensorRTBackend:
             if not self._info.refit or length != self._prefix_length:
                 raise BackendError(
                     f"the prefix of this engine is part of its plan, {self._prefix_length} tokens"
-                    f"{', built without --refit' if not self._info.refit else ''}: export with `--prefix input`, or "
+                    f"{', built without --refit' if not self._info.refit else ''}: export with `--prefix "
+                    "input`, or "
                     "build again"
                 )
             refit_prefix(self._engine, self._logger, self._manifest, prefix)
@@ -419,7 +423,8 @@ class TensorRTBackend:
             raise BackendError(self._logger.take())
 
     def _bucket(self, rows: int) -> int:
-        """Rows that a decode step of so many is padded to: 1, 2, 4, 8, then multiples of 8, at most max_batch."""
+        """Rows that a decode step of so many is padded to: 1, 2, 4, 8, then multiples of 8, at most
+        max_batch."""
         size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
         return min(size, self._max_batch)
 
@@ -458,7 +463,8 @@ class TensorRTBackend:
         if needed > available:
             fitting = int(max_batch * available / needed)
             raise BackendError(
-                f"caches for max_batch {max_batch} of max_context {max_context} tokens need {needed / 2**30:.2f} GiB, "
+                f"caches for max_batch {max_batch} of max_context {max_context} tokens need "
+                f"{needed / 2**30:.2f} GiB, "
                 f"{available / 2**30:.2f} GiB of device memory are free: "
                 + (f"at most max_batch {fitting} fits, or " if fitting else "")
                 + "set a smaller max_context"
@@ -470,7 +476,8 @@ class TensorRTBackend:
         if found != expected or self._engine.num_optimization_profiles != 2:
             raise BackendError(
                 f"{path}: its tensors do not fit relay.json: missing {sorted(expected - found)}, unknown "
-                f"{sorted(found - expected)}, {self._engine.num_optimization_profiles} profiles: build it again"
+                f"{sorted(found - expected)}, {self._engine.num_optimization_profiles} profiles: build it "
+                "again"
             )
 
 

@@ -1,7 +1,8 @@
-"""Builds a TensorRT adapter and the test host for it with g++, and drives the one through the other by ctypes.
+"""Builds a TensorRT adapter and the test host for it with g++, and drives the one through the other by
+ctypes.
 
-Not TensorRT: test_host.cc makes the calls that TensorRT's registry, builder and execution context would make. The
-plugin's launch interface is launch_on_host.cc, plain loops over host memory, so no GPU is needed either.
+Not TensorRT: test_host.cc makes the calls that TensorRT's registry, builder and execution context would make.
+The plugin's launch interface is launch_on_host.cc, plain loops over host memory, so no GPU is needed either.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Array = npt.NDArray[Any]
 
 
 def header_folders() -> list[Path]:
-    """Folders with NvInferRuntime.h, named by TENSORRT_ROOT (colon-separated) or in the system's include folder."""
+    """Folders with NvInferRuntime.h, named by TENSORRT_ROOT (colon-separated) or in the system's include
+    folder."""
     roots = [Path(root) for root in os.environ.get("TENSORRT_ROOT", "").split(":") if root]
     places = [place for root in roots for place in (root, root / "include")]
     places += [
@@ -152,8 +154,8 @@ class Host:
             lengths.append(array.size)
         count = len(names)
         made = self.library.host_create(
-            self.handle, layer.encode(), count, (ctypes.c_char_p * count)(*names), (ctypes.c_void_p * count)(*data),
-            (ctypes.c_int32 * count)(*types), (ctypes.c_int32 * count)(*lengths),
+            self.handle, layer.encode(), count, (ctypes.c_char_p * count)(*names), (ctypes.c_void_p *
+            count)(*data), (ctypes.c_int32 * count)(*types), (ctypes.c_int32 * count)(*lengths),
         )  # fmt: skip
         return Plugin(self, made) if made else None
 
@@ -188,7 +190,8 @@ class Plugin:
         return buffer.raw
 
     def output_shapes(self, shapes: Sequence[Sequence[int]]) -> list[list[int]] | None:
-        """Shapes of the outputs from those of the inputs, -1 for what is known at run time only; None if refused."""
+        """Shapes of the outputs from those of the inputs, -1 for what is known at run time only; None if
+        refused."""
         out_shapes, out_ranks = np.zeros((3, 8), np.int64), np.zeros(3, np.int32)
         table, ranks = _shapes(shapes)
         if (
@@ -225,8 +228,9 @@ class Plugin:
         given, inputs = np.array(types, np.int32), len(tensors) - 3
         addresses = [tensor.ctypes.data for tensor in tensors]
         return self.call(
-            "enqueue", inputs, _at(table), _at(ranks), _at(given), (ctypes.c_void_p * inputs)(*addresses[:inputs]),
-            (ctypes.c_void_p * 3)(*addresses[inputs:]), _at(workspace), ctypes.c_void_p(0),
+            "enqueue", inputs, _at(table), _at(ranks), _at(given), (ctypes.c_void_p *
+            inputs)(*addresses[:inputs]), (ctypes.c_void_p * 3)(*addresses[inputs:]), _at(workspace),
+            ctypes.c_void_p(0),
         )  # fmt: skip
 
 

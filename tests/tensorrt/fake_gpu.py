@@ -1,9 +1,10 @@
 """FAKES of `tensorrt` and `cuda.bindings.runtime` over host memory, to test what calls them without a GPU.
 
-Not TensorRT. Device memory is host memory in which every access is checked against what was allocated. Work is
-queued and runs when the stream is waited for, so that a wait that was forgotten gives wrong results. An engine is
-the artifact's model.onnx in ONNX Runtime on the CPU, run at the addresses and shapes that were bound. Only names
-that the real modules have are here: an attribute that a version lacks is an AttributeError, as it would be there.
+Not TensorRT. Device memory is host memory in which every access is checked against what was allocated. Work
+is queued and runs when the stream is waited for, so that a wait that was forgotten gives wrong results. An
+engine is the artifact's model.onnx in ONNX Runtime on the CPU, run at the addresses and shapes that were
+bound. Only names that the real modules have are here: an attribute that a version lacks is an AttributeError,
+as it would be there.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def cuda_runtime(gpu: Gpu) -> ModuleType:
         return (ok,)
 
     def copy_2d(
-        target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int, stream: FakeStream
+        target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: int,
+        stream: FakeStream
     ) -> tuple[Any, ...]:  # fmt: skip
         def work() -> None:
             for row in range(height):

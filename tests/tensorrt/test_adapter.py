@@ -136,7 +136,8 @@ def test_creator(host: Host) -> None:
     name, version, namespace, *fields = host.describe().split()
     assert (name, version, namespace) == ("RelayAttention", "1", "relay")
     assert dict(field.split(":") for field in fields) == {
-        "num_heads": "5", "kv_num_heads": "5", "local_window_size": "5", "do_rotary": "5", "rotary_interleaved": "5",
+        "num_heads": "5", "kv_num_heads": "5", "local_window_size": "5", "do_rotary": "5",
+        "rotary_interleaved": "5",
         "alias_cache": "5", "scale": "1", "softcap": "1",
     }  # fmt: skip
 
@@ -232,7 +233,8 @@ def test_output_shapes_with_dynamic_sizes(plugin: Plugin) -> None:
     ("change", "reason"),
     [
         ({0: (3, 5, 255)}, "query has shape [3, 5, 255]"),
-        ({0: (3, 5, 4 * 80), 1: (3, 5, 160), 2: (3, 5, 160), 3: (3, 2, 16, 80), 4: (3, 2, 16, 80), 7: (2, 12, 80), 8: (2, 12, 80)},
+        ({0: (3, 5, 320), 1: (3, 5, 160), 2: (3, 5, 160), 3: (3, 2, 16, 80), 4: (3, 2, 16, 80),
+          7: (2, 12, 80), 8: (2, 12, 80)},
          "head_dim"),
         ({1: (3, 5, 64)}, "key has shape [3, 5, 64], expected [3, 5, 128]"),
         ({3: (3, 4, 16, 64)}, "past_key has shape"),

@@ -24,7 +24,8 @@ from relay_attention.runtime.engine import cache_capacity
 _spec = importlib.util.spec_from_file_location(
     "runtime_conftest", Path(__file__).parents[1] / "runtime/conftest.py"
 )
-assert _spec and _spec.loader
+assert _spec
+assert _spec.loader
 tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny)
 
@@ -129,7 +130,8 @@ def test_same_logits_as_onnxruntime(gpu: Gpu, exported: dict[str, Path], tmp_pat
     pair.step(4, [9, 37], [1, 1])
     pair.step(0, [8, 38, 12, 5], [3, 0, 20, 1], 20)
     assert gpu.launches == [
-        "enqueue 3x9", "enqueue 2x9", "enqueue 8x1", "graph 8x1", "enqueue 1x16", "enqueue 1x16", "enqueue 1x5",
+        "enqueue 3x9", "enqueue 2x9", "enqueue 8x1", "graph 8x1", "enqueue 1x16", "enqueue 1x16",
+        "enqueue 1x5",
         "enqueue 4x1", "enqueue 2x1", "enqueue 3x16", "enqueue 3x4", "enqueue 1x16",
     ]  # fmt: skip
     for tested, expected in zip(pair.backends[0].read_cache(1, 38), pair.backends[1]._keys, strict=True):
@@ -248,7 +250,7 @@ def test_plan_of_another_box(gpu: Gpu, artifact: Path) -> None:
 
 def test_no_plan(gpu: Gpu, artifact: Path) -> None:
     with pytest.raises(
-        BackendError, match="no TensorRT plan fits TensorRT 8.6.0 on FAKE H100.*there is none at all"
+        BackendError, match=r"no TensorRT plan fits TensorRT 8.6.0 on FAKE H100.*there is none at all"
     ):
         load(artifact)
 
@@ -315,7 +317,7 @@ def test_plan_that_tensorrt_refuses(gpu: Gpu, artifact: Path) -> None:
 def test_beyond_the_profile(gpu: Gpu, artifact: Path) -> None:
     build(artifact)
     backend = load(artifact)
-    with pytest.raises(BackendError, match="max_batch 13 is beyond the engine's 12.*--max-batch 13"):
+    with pytest.raises(BackendError, match=r"max_batch 13 is beyond the engine's 12.*--max-batch 13"):
         backend.allocate(13, 64)
     with pytest.raises(BackendError, match="max_context 80 is beyond the engine's 64"):
         backend.allocate(4, 80)
@@ -353,14 +355,14 @@ def test_has_no_threads(gpu: Gpu, artifact: Path) -> None:
 def test_no_gpu(gpu: Gpu, artifact: Path) -> None:
     gpu.devices = 0
     for action in (build, load):
-        with pytest.raises(BackendError, match="no NVIDIA GPU can be used here.*cudaErrorNoDevice"):
+        with pytest.raises(BackendError, match=r"no NVIDIA GPU can be used here.*cudaErrorNoDevice"):
             action(artifact)
 
 
 def test_plugin_library_missing(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAY_ATTENTION_TENSORRT_LIBRARY", "/nowhere.so")
     with pytest.raises(
-        BackendError, match="RELAY_ATTENTION_TENSORRT_LIBRARY is '/nowhere.so', but there is no such"
+        BackendError, match=r"RELAY_ATTENTION_TENSORRT_LIBRARY is '/nowhere.so', but there is no such"
     ):
         build(artifact)
     monkeypatch.delenv("RELAY_ATTENTION_TENSORRT_LIBRARY")
