@@ -1,10 +1,11 @@
-// Relay attention in one launch: prefix and context tiles from one work list, tensor-core products, the new tokens
-// rotated and appended on the way, and a merge by log-sum-exp behind one barrier of the whole grid.
+// Relay attention in one launch: prefix and context tiles from one work list, tensor-core products, the new
+// tokens rotated and appended on the way, and a merge by log-sum-exp behind one barrier of the whole grid.
 //
 //   schedule   every block derives the work list from the lengths (schedule.cuh)
-//   copy       keys and values stream through a ring of shared-memory buffers, across tile borders without draining
-//   attend     online softmax over the blocks of one tile; the normalised result and its lse are a partial
-//   merge      after the barrier, each row's partials are summed in the order of the workers that made them, so two
+//   copy       keys and values stream through a ring of shared-memory buffers, across tile borders without
+//   draining attend     online softmax over the blocks of one tile; the normalised result and its lse are a
+//   partial merge      after the barrier, each row's partials are summed in the order of the workers that
+//   made them, so two
 //              runs agree bit for bit; the rows are dealt out over the whole grid
 //
 // The barrier needs all blocks resident at once: launch.cu launches cooperatively.
@@ -17,15 +18,17 @@ namespace relay::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// A tile row is head_dim elements, its 16-byte chunks permuted so that eight rows of one column meet all 32 banks.
+// A tile row is head_dim elements, its 16-byte chunks permuted so that eight rows of one column meet all 32
+// banks.
 template <int kHeadDim>
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   const int permuted = kHeadDim % 64 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
   return (row * (kHeadDim / 8) + permuted) * 16;
 }
 
-// Where the keys and values of a tile lie. Rows below `cached` are row cache_row + i of the prefix or of present (which holds
-// past by then; this launch writes beyond it only), those up to `limit` chunk fresh_chunk + (i - cached) * (chunks of a token) of the new tokens, the rest are zero.
+// Where the keys and values of a tile lie. Rows below `cached` are row cache_row + i of the prefix or of
+// present (which holds past by then; this launch writes beyond it only), those up to `limit` chunk
+// fresh_chunk + (i - cached) * (chunks of a token) of the new tokens, the rest are zero.
 struct Source {
   int64_t cache_row;
   int64_t fresh_chunk;
@@ -111,15 +114,22 @@ class Attention {
   bool copy_values;
 
   // The keys [low, high] of the tile's own numbering that each row of the tile sees.
-  __device__ __forceinline__ static int* row_low() { return reinterpret_cast<int*>(dynamic_shared() + kRowsOffset); }
+  __device__ __forceinline__ static int* row_low() {
+    return reinterpret_cast<int*>(dynamic_shared() + kRowsOffset);
+  }
   __device__ __forceinline__ static int* row_high() { return row_low() + kRows; }
-  __device__ __forceinline__ static int* scratch() { return reinterpret_cast<int*>(dynamic_shared() + kScratchOffset); }
+  __device__ __forceinline__ static int* scratch() {
+    return reinterpret_cast<int*>(dynamic_shared() + kScratchOffset);
+  }
   __device__ __forceinline__ static char* query_tile() { return dynamic_shared() + kQueryOffset; }
-  __device__ __forceinline__ static SharedAddress ring() { return shared_address(dynamic_shared() + kRingOffset); }
+  __device__ __forceinline__ static SharedAddress ring() {
+    return shared_address(dynamic_shared() + kRingOffset);
+  }
 
   __device__ __forceinline__ void prefetch_prefix() const {
     const int64_t step = int64_t{gridDim.x} * kThreads * 128;
-    for (int64_t line = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 128; line < a.l2_prefetch_bytes; line += step) {
+    for (int64_t line = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 128; line < a.l2_prefetch_bytes;
+         line += step) {
       prefetch_l2(static_cast<const char*>(p.prefix_key) + line);
       prefetch_l2(static_cast<const char*>(p.prefix_value) + line);
     }
@@ -135,7 +145,8 @@ class Attention {
             schedule.context_keys(tile.request)};
   }
 
-  // Starts the copy of the next block of keys or values, and commits it as one group; an empty group when none is left.
+  // Starts the copy of the next block of keys or values, and commits it as one group; an empty group when
+  // none is left.
   __device__ __forceinline__ void copy_next() {
     if (copy_unit < copy_end) {
       const void* prefix = copy_values ? p.prefix_value : p.prefix_key;
@@ -148,11 +159,13 @@ class Attention {
 #pragma unroll
         for (int i = 0; i < kBlockKeys * kChunks / kThreads; ++i) {
           const int index = i * kThreads + threadIdx.x;
-          copy_async_16(buffer + chunk_offset<kHeadDim>(index / kChunks, index % kChunks), cache + i * kThreads, true);
+          copy_async_16(buffer + chunk_offset<kHeadDim>(index / kChunks, index % kChunks),
+                        cache + i * kThreads, true);
         }
       } else {
         const int cached = copy_source.cached - first, limit = copy_source.limit - first;
-        const uint4* fresh = static_cast<const uint4*>(copy_values ? p.value : p.key) + copy_source.fresh_chunk;
+        const uint4* fresh =
+            static_cast<const uint4*>(copy_values ? p.value : p.key) + copy_source.fresh_chunk;
 #pragma unroll 1
         for (int index = threadIdx.x; index < kBlockKeys * kChunks; index += kThreads, cache += kThreads) {
           const int row = index / kChunks, chunk = index % kChunks;
@@ -179,11 +192,21 @@ class Attention {
   // Waits for the oldest buffer, refills the one that all threads have finished with, and returns the former.
   __device__ __forceinline__ SharedAddress next_buffer() {
     switch (a.depth) {
-      case 2: copy_async_wait<0>(); break;
-      case 3: copy_async_wait<1>(); break;
-      case 4: copy_async_wait<2>(); break;
-      case 5: copy_async_wait<3>(); break;
-      default: copy_async_wait<4>(); break;
+      case 2:
+        copy_async_wait<0>();
+        break;
+      case 3:
+        copy_async_wait<1>();
+        break;
+      case 4:
+        copy_async_wait<2>();
+        break;
+      case 5:
+        copy_async_wait<3>();
+        break;
+      default:
+        copy_async_wait<4>();
+        break;
     }
     __syncthreads();
     copy_next();
@@ -226,8 +249,8 @@ class Attention {
     }
   }
 
-  // Rotates the keys of a buffer that came from `key`, as copied. Between two barriers. While decoding these are few; where
-  // they are many (kContextRows = 64) they were rotated and appended before this launch.
+  // Rotates the keys of a buffer that came from `key`, as copied. Between two barriers. While decoding these
+  // are few; where they are many (kContextRows = 64) they were rotated and appended before this launch.
   __device__ __forceinline__ void rotate_fresh_keys(SharedAddress buffer, int first, const Tile& tile) const {
     const int begin = max(schedule.context_len()[tile.request] - first, 0);
     const int end = min(schedule.context_keys(tile.request) - first, kBlockKeys);
@@ -246,7 +269,7 @@ class Attention {
   // The tile's rotated queries into shared memory, and the keys that each row sees.
   template <int kTileRows>
   __device__ __forceinline__ void load_queries(const Tile& tile) const {
-    constexpr int kItems = (kTileRows * kChunks + kThreads - 1) / kThreads;  // of each thread
+    constexpr int kItems = (kTileRows * kChunks + kThreads - 1) / kThreads;       // of each thread
     constexpr int kBatch = kItems % 4 == 0 ? 4 : (kItems % 3 == 0 ? 3 : kItems);  // read together
     static_assert(kItems % kBatch == 0);
     const SharedAddress target = shared_address(query_tile());
@@ -296,8 +319,8 @@ class Attention {
   }
 
   // ---- attend ----
-  // `blocks` key blocks of one tile, from tile.block on. Of kTileRows rows, four warps take a quarter each and all keys
-  // (64 rows), or all rows and a quarter of each block's keys (16 rows).
+  // `blocks` key blocks of one tile, from tile.block on. Of kTileRows rows, four warps take a quarter each
+  // and all keys (64 rows), or all rows and a quarter of each block's keys (16 rows).
   template <int kTileRows>
   __device__ __forceinline__ void attend(const Tile& tile, int blocks, bool is_head) {
     constexpr int kKeyWarps = kTileRows == 16 ? kWarps : 1;
@@ -306,7 +329,8 @@ class Attention {
     const int row0 = kKeyWarps == 1 ? warp * 16 : 0;
     const int key0 = kKeyWarps == 1 ? 0 : warp * kKeys;
 
-    // No barrier needed in front: every thread has passed one since it last read the queries of the tile before.
+    // No barrier needed in front: every thread has passed one since it last read the queries of the tile
+    // before.
     load_queries<kTileRows>(tile);
     __syncthreads();
     const int low[2] = {row_low()[row0 + lane / 4], row_low()[row0 + lane / 4 + 8]};
@@ -401,7 +425,8 @@ class Attention {
       buffer = next_buffer();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k) {
-        const uint32_t w[4] = {weights[2 * k][0], weights[2 * k][1], weights[2 * k + 1][0], weights[2 * k + 1][1]};
+        const uint32_t w[4] = {weights[2 * k][0], weights[2 * k][1], weights[2 * k + 1][0],
+                               weights[2 * k + 1][1]};
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t values[4];
@@ -452,15 +477,16 @@ class Attention {
     }
   }
 
-  // The four warps of a 16-row tile saw different keys: add their results up, eight rows and half a head at a time,
-  // through the shared memory of the queries.
+  // The four warps of a 16-row tile saw different keys: add their results up, eight rows and half a head at a
+  // time, through the shared memory of the queries.
   __device__ __forceinline__ void sum_over_warps(const Tile& tile, const float (&output)[kHeadDim / 8][4],
-                                                 const float (&sum)[2], const float (&lse)[2], float* partial_output,
-                                                 float* partial_lse) {
+                                                 const float (&sum)[2], const float (&lse)[2],
+                                                 float* partial_output, float* partial_lse) {
     constexpr int kHalf = kHeadDim / 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* parts = reinterpret_cast<float*>(query_tile());
-    // row_low and row_high are done with: 16 rows of 4 warps' lse fit into their 2 * kRows >= 32 words and scratch's 32.
+    // row_low and row_high are done with: 16 rows of 4 warps' lse fit into their 2 * kRows >= 32 words and
+    // scratch's 32.
     float* warp_lse = reinterpret_cast<float*>(row_low());
     __syncthreads();
     if (lane % 4 == 0) {
@@ -471,8 +497,8 @@ class Attention {
     for (int part = 0; part < 4; ++part) {
       const int r = part / 2, half = part % 2;
       if (r * 8 >= tile.rows) break;
-      // Normalised by the warp's own sum, so that its lse alone is its weight. Columns are permuted against bank
-      // conflicts, by multiples of 8, which keeps four neighbours together.
+      // Normalised by the warp's own sum, so that its lse alone is its weight. Columns are permuted against
+      // bank conflicts, by multiples of 8, which keeps four neighbours together.
       const float inverse = sum[r] == 0 ? 0 : 1 / sum[r];
 #pragma unroll
       for (int n = 0; n < kHalf / 8; ++n) {
@@ -491,8 +517,8 @@ class Attention {
         float4 x = make_float4(0, 0, 0, 0);
         for (int w = 0; w < kWarps; ++w) {
           const float weight = exp2_fast(warp_lse[w * 16 + r * 8 + row] - shift);
-          const float4 y =
-              *reinterpret_cast<const float4*>(parts + (w * 8 + row) * kHalf + (column ^ column_swizzle(row)));
+          const float4 y = *reinterpret_cast<const float4*>(parts + (w * 8 + row) * kHalf +
+                                                            (column ^ column_swizzle(row)));
           total += weight;
           x.x += weight * y.x;
           x.y += weight * y.y;
@@ -502,7 +528,8 @@ class Attention {
         const float scale = total == 0 ? 0 : 1 / total;
         *reinterpret_cast<float4*>(partial_output + (r * 8 + row) * kHeadDim + half * kHalf + column) =
             make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
-        if (half == 0 && column == 0) partial_lse[r * 8 + row] = total == 0 ? -INFINITY : shift + log2f(total);
+        if (half == 0 && column == 0)
+          partial_lse[r * 8 + row] = total == 0 ? -INFINITY : shift + log2f(total);
       }
       __syncthreads();
     }
@@ -513,8 +540,8 @@ class Attention {
   }
 
   // ---- merge ----
-  // All blocks of the grid arrive, then all go on. The words are left ready for the next launch: the count wraps to 0
-  // by itself, the epoch may start from anything.
+  // All blocks of the grid arrive, then all go on. The words are left ready for the next launch: the count
+  // wraps to 0 by itself, the epoch may start from anything.
   __device__ __forceinline__ void grid_barrier() const {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -540,8 +567,8 @@ class Attention {
     int64_t first_tail;  // tail k (k >= 1) is row first_tail + k * tail_rows
   };
 
-  __device__ __forceinline__ Partials partials_of(int first_unit, int units, int kind, int kv_head, int packed_row,
-                                                  int row_in_tile) const {
+  __device__ __forceinline__ Partials partials_of(int first_unit, int units, int kind, int kv_head,
+                                                  int packed_row, int row_in_tile) const {
     Partials partials;
     const int first = schedule.owner(first_unit);
     partials.count = schedule.owner(first_unit + units - 1) - first + 1;
@@ -558,8 +585,8 @@ class Attention {
                      : a.tail_output + (from.first_tail + int64_t{part} * a.tail_rows) * kHeadDim;
   }
 
-  // Rows are dealt out over the warps of the grid (kRowWarps = 1) or over its blocks, whose warps then each take a
-  // quarter of the partials (kRowWarps = 4: few rows of many partials).
+  // Rows are dealt out over the warps of the grid (kRowWarps = 1) or over its blocks, whose warps then each
+  // take a quarter of the partials (kRowWarps = 4: few rows of many partials).
   template <int kRowWarps>
   __device__ __forceinline__ void merge() const {
     constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
@@ -578,13 +605,14 @@ class Attention {
       Partials prefix{0, 0, 0};
       if (schedule.totals().prefix_blocks > 0) {
         const int tile = kv_head * schedule.totals().prefix_tiles + packed / kPrefixRows;
-        prefix = partials_of(tile * schedule.totals().prefix_blocks, schedule.totals().prefix_blocks, 0, kv_head, packed,
-                             packed % kPrefixRows);
+        prefix = partials_of(tile * schedule.totals().prefix_blocks, schedule.totals().prefix_blocks, 0,
+                             kv_head, packed, packed % kPrefixRows);
       }
       const int blocks = schedule.context_blocks(request);
       const int tile = kv_head * schedule.context_tiles(request) + request_row / kContextRows;
-      const Partials context = partials_of(schedule.totals().prefix_units + schedule.unit_start()[request] + tile * blocks,
-                                           blocks, 1, kv_head, packed, request_row % kContextRows);
+      const Partials context =
+          partials_of(schedule.totals().prefix_units + schedule.unit_start()[request] + tile * blocks, blocks,
+                      1, kv_head, packed, request_row % kContextRows);
       const int count = prefix.count + context.count;
       const int share = (count + kRowWarps - 1) / kRowWarps;
       const int begin = kRowWarps == 1 ? 0 : min(warp * share, count);
@@ -605,7 +633,8 @@ class Attention {
           for (int j = 0; j < kAhead; ++j) {
             if (first + j >= here) continue;
             const int k = base + first + j;
-            const float* from = k < prefix.count ? output_of(prefix, k) : output_of(context, k - prefix.count);
+            const float* from =
+                k < prefix.count ? output_of(prefix, k) : output_of(context, k - prefix.count);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) load_vector(part[j][v], from + (v * 32 + lane) * kVector);
           }
@@ -699,7 +728,8 @@ class Attention {
 };
 
 template <class T, int kHeadDim, int kPrefixRows, int kContextRows>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ KernelArguments arguments) {
+__global__ void __launch_bounds__(kThreads)
+    attention_kernel(const __grid_constant__ KernelArguments arguments) {
   Attention<T, kHeadDim, kPrefixRows, kContextRows>(arguments).run();
 }
 

@@ -1,5 +1,6 @@
-// The launch interface for ctypes: librelay_attention_cuda.so, for tests and benchmarks without an engine. The structs
-// are those of launch.h; tests/gpu/relay_cuda.py mirrors them. Every function returns a Status as an int.
+// The launch interface for ctypes: librelay_attention_cuda.so, for tests and benchmarks without an engine.
+// The structs are those of launch.h; tests/gpu/relay_cuda.py mirrors them. Every function returns a Status as
+// an int.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -39,8 +40,8 @@ RELAY_API relay_attention_launch(const RelayParams* params, const RelayTuning* t
 }
 
 // values: [prefix_rows, context_rows, depth, grid, launches, shared bytes]
-RELAY_API relay_attention_plan(const RelayParams* params, const RelayTuning* tuning, int* values, char* message,
-                               size_t message_size) {
+RELAY_API relay_attention_plan(const RelayParams* params, const RelayTuning* tuning, int* values,
+                               char* message, size_t message_size) {
   Plan plan{};
   const Status status = plan_for_device(*params, *tuning, &plan, message, message_size);
   const int found[] = {plan.prefix_rows, plan.context_rows, plan.depth,
@@ -58,10 +59,12 @@ RELAY_API relay_attention_empty_launch(const RelayParams* params, const RelayTun
   cudaError_t error = cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(plan.shared_bytes));
   if (error == cudaSuccess)
-    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(empty_kernel), dim3(plan.grid), dim3(kThreads),
-                                        nullptr, plan.shared_bytes, static_cast<cudaStream_t>(stream));
+    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(empty_kernel), dim3(plan.grid),
+                                        dim3(kThreads), nullptr, plan.shared_bytes,
+                                        static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return 0;
   cudaGetLastError();
-  snprintf(message, message_size, "CUDA error while launching an empty kernel: %s", cudaGetErrorString(error));
+  snprintf(message, message_size, "CUDA error while launching an empty kernel: %s",
+           cudaGetErrorString(error));
   return static_cast<int>(Status::kCudaError);
 }

@@ -21,10 +21,10 @@ Status cuda_failed(cudaError_t error, const char* doing, char* message, size_t s
   return Status::kCudaError;
 }
 
-#define RELAY_CUDA_TRY(call, doing)                                                            \
-  do {                                                                                         \
-    const cudaError_t error = (call);                                                          \
-    if (error != cudaSuccess) return cuda_failed(error, doing, message, message_size);         \
+#define RELAY_CUDA_TRY(call, doing)                                                    \
+  do {                                                                                 \
+    const cudaError_t error = (call);                                                  \
+    if (error != cudaSuccess) return cuda_failed(error, doing, message, message_size); \
   } while (false)
 
 // Attributes of the devices and of the kernels on them never change: asked once.
@@ -59,7 +59,8 @@ Status device_limits(int device, DeviceLimits* limits, char* message, size_t mes
   if (major < 8 || cooperative == 0) {
     if (message != nullptr && message_size > 0)
       snprintf(message, message_size,
-               "RelayAttention needs a GPU of compute capability 8.0 or later with cooperative launches; device %d has "
+               "RelayAttention needs a GPU of compute capability 8.0 or later with cooperative launches; "
+               "device %d has "
                "%d.x",
                device, major);
     return Status::kUnsupported;
@@ -70,8 +71,8 @@ Status device_limits(int device, DeviceLimits* limits, char* message, size_t mes
 }
 
 // Blocks of `kernel` that one multiprocessor holds; also lets the kernel have so much shared memory.
-Status blocks_per_sm(int device, const void* kernel, const DeviceLimits& limits, size_t shared_bytes, int* blocks,
-                     char* message, size_t message_size) {
+Status blocks_per_sm(int device, const void* kernel, const DeviceLimits& limits, size_t shared_bytes,
+                     int* blocks, char* message, size_t message_size) {
   std::lock_guard<std::mutex> lock(cache().mutex);
   const auto key = std::make_tuple(device, kernel, shared_bytes);
   const auto known = cache().blocks_per_sm.find(key);
@@ -125,8 +126,8 @@ Status plan_for_device(const RelayParams& params, const RelayTuning& tuning, Pla
   if (status != Status::kOk) return status;
   if (blocks < 1) {
     if (message != nullptr && message_size > 0)
-      snprintf(message, message_size, "no block with %zu bytes of shared memory fits on device %d", plan->shared_bytes,
-               device);
+      snprintf(message, message_size, "no block with %zu bytes of shared memory fits on device %d",
+               plan->shared_bytes, device);
     return Status::kUnsupported;
   }
   // Registers may allow fewer resident blocks than shared memory does; the grid must fit at once.
@@ -146,9 +147,9 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
           cudaMemcpyAsync(params.present_key, params.past_key, cache_bytes, cudaMemcpyDeviceToDevice, stream),
           "copying past_key to present_key");
     if (params.present_value != params.past_value)
-      RELAY_CUDA_TRY(
-          cudaMemcpyAsync(params.present_value, params.past_value, cache_bytes, cudaMemcpyDeviceToDevice, stream),
-          "copying past_value to present_value");
+      RELAY_CUDA_TRY(cudaMemcpyAsync(params.present_value, params.past_value, cache_bytes,
+                                     cudaMemcpyDeviceToDevice, stream),
+                     "copying past_value to present_value");
   }
   if (params.batch == 0 || params.sequence == 0) return Status::kOk;
 

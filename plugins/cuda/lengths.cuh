@@ -9,7 +9,7 @@ namespace relay::cuda {
 struct Lengths {
   int context;  // tokens in the cache before this call
   int query;    // valid new tokens; 0 where !valid
-  bool valid;   // false: out of range (see check() in launch.h); the row's output is NaN, its cache left alone
+  bool valid;  // false: out of range (see check() in launch.h); the row's output is NaN, its cache left alone
 };
 
 __device__ __forceinline__ Lengths read_lengths(const RelayParams& p, int request) {

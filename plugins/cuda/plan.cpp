@@ -13,7 +13,8 @@ constexpr size_t kAlign = 256;
 size_t align_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__attribute__((format(printf, 4, 5))) Status fail(Status status, char* message, size_t size, const char* format, ...) {
+__attribute__((format(printf, 4, 5))) Status fail(Status status, char* message, size_t size,
+                                                  const char* format, ...) {
   if (message != nullptr && size > 0) {
     va_list arguments;
     va_start(arguments, format);
@@ -44,22 +45,25 @@ Status check(const RelayParams& p, bool check_pointers, char* message, size_t si
   const auto invalid = Status::kInvalidArgument;
   const auto unsupported = Status::kUnsupported;
   if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16)
-    return fail(unsupported, message, size,
-                "the CUDA kernels of RelayAttention take float16 and bfloat16 only (data type code %d); export the "
-                "model with --dtype float16 or run it on the CPU",
-                static_cast<int>(p.dtype));
+    return fail(
+        unsupported, message, size,
+        "the CUDA kernels of RelayAttention take float16 and bfloat16 only (data type code %d); export the "
+        "model with --dtype float16 or run it on the CPU",
+        static_cast<int>(p.dtype));
   if (p.batch < 0 || p.sequence < 0 || p.prefix_length < 0 || p.max_context < 0)
-    return fail(invalid, message, size, "negative size: batch %d, sequence %d, prefix length %d, max context %d",
-                p.batch, p.sequence, p.prefix_length, p.max_context);
+    return fail(invalid, message, size,
+                "negative size: batch %d, sequence %d, prefix length %d, max context %d", p.batch, p.sequence,
+                p.prefix_length, p.max_context);
   if (p.num_heads < 1 || p.kv_num_heads < 1 || p.num_heads % p.kv_num_heads != 0)
-    return fail(invalid, message, size, "num_heads (%d) must be a positive multiple of kv_num_heads (%d)", p.num_heads,
-                p.kv_num_heads);
+    return fail(invalid, message, size, "num_heads (%d) must be a positive multiple of kv_num_heads (%d)",
+                p.num_heads, p.kv_num_heads);
   if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128 && p.head_dim != 192 && p.head_dim != 256)
     return fail(unsupported, message, size,
-                "the CUDA kernels of RelayAttention serve head_dim 64, 96, 128, 192 and 256, not %d", p.head_dim);
+                "the CUDA kernels of RelayAttention serve head_dim 64, 96, 128, 192 and 256, not %d",
+                p.head_dim);
   if (p.batch > kMaxBatch)
-    return fail(unsupported, message, size, "the CUDA kernels of RelayAttention take a batch of at most %d, not %d",
-                kMaxBatch, p.batch);
+    return fail(unsupported, message, size,
+                "the CUDA kernels of RelayAttention take a batch of at most %d, not %d", kMaxBatch, p.batch);
   if (!std::isfinite(p.scale) || p.scale < 0)
     return fail(invalid, message, size, "scale must be positive, or 0 for 1/sqrt(head_dim), not %g", p.scale);
   if (!std::isfinite(p.softcap) || p.softcap < 0)
@@ -78,8 +82,9 @@ Status check(const RelayParams& p, bool check_pointers, char* message, size_t si
   // Offsets inside one request's tensors are 64-bit; positions and row numbers are 32-bit.
   if (int64_t{p.prefix_length} + p.max_context > INT32_MAX / 2 ||
       int64_t{p.batch} * p.sequence * p.num_heads > INT32_MAX / 2)
-    return fail(unsupported, message, size, "too large for 32-bit positions: batch %d, sequence %d, prefix %d",
-                p.batch, p.sequence, p.prefix_length);
+    return fail(unsupported, message, size,
+                "too large for 32-bit positions: batch %d, sequence %d, prefix %d", p.batch, p.sequence,
+                p.prefix_length);
   if (!check_pointers || p.batch == 0 || p.sequence == 0) return Status::kOk;
 
   const struct {
@@ -116,10 +121,12 @@ Status check(const RelayParams& p, bool check_pointers, char* message, size_t si
 }
 
 int tokens_per_launch(const RelayParams& p, int requested) {
-  // Two float32 partials (prefix, context) per row and at most 64 MiB of them, unless a single token needs more.
+  // Two float32 partials (prefix, context) per row and at most 64 MiB of them, unless a single token needs
+  // more.
   const int64_t per_token = int64_t{2} * p.num_heads * (p.head_dim + 1) * 4;
   const int64_t fit = std::max<int64_t>(1, (int64_t{64} << 20) / per_token);
-  const int64_t tokens = std::min<int64_t>({fit, kMaxTokensPerLaunch, std::max<int64_t>(1, int64_t{p.batch} * p.sequence)});
+  const int64_t tokens =
+      std::min<int64_t>({fit, kMaxTokensPerLaunch, std::max<int64_t>(1, int64_t{p.batch} * p.sequence)});
   return static_cast<int>(requested > 0 ? std::min<int64_t>(requested, tokens) : tokens);
 }
 
@@ -156,14 +163,16 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   plan->tokens_per_launch = tokens_per_launch(p, tuning.tokens_per_launch);
   plan->launches = static_cast<int>(divide_up(int64_t{p.batch} * p.sequence, plan->tokens_per_launch));
   // A request's own rows fill 16 while decoding; a chunk of a prompt fills more.
-  plan->context_rows = tuning.context_rows > 0 ? tuning.context_rows : (int64_t{p.sequence} * group <= 16 ? 16 : 64);
+  plan->context_rows =
+      tuning.context_rows > 0 ? tuning.context_rows : (int64_t{p.sequence} * group <= 16 ? 16 : 64);
   plan->prefix_rows = tuning.prefix_rows > 0 ? tuning.prefix_rows : (rows <= 16 ? 16 : 64);
   if (plan->context_rows > plan->prefix_rows) plan->prefix_rows = plan->context_rows;
 
   plan->append_before = plan->context_rows == 64 && p.rotary_dim > 0;
 
   const auto bytes = [&](int depth) {
-    return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch, plan->tokens_per_launch);
+    return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch,
+                        plan->tokens_per_launch);
   };
   const size_t reserved = 1024;  // the driver keeps so much of each block's shared memory for itself
   if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = plan->context_rows = 16;
@@ -196,8 +205,9 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   plan->context_cost = std::clamp(tuning.context_cost, 1, 64);
   if (max_units(p, *plan) > INT32_MAX / 2 / 64) plan->prefix_cost = plan->context_cost = 1;
   if (max_units(p, *plan) > INT32_MAX / 2)
-    return fail(Status::kUnsupported, message, size, "too much work for 32-bit counts: batch %d, prefix %d, context %d",
-                p.batch, p.prefix_length, p.max_context);
+    return fail(Status::kUnsupported, message, size,
+                "too much work for 32-bit counts: batch %d, prefix %d, context %d", p.batch, p.prefix_length,
+                p.max_context);
   // The prefix's addresses are known before the lengths are: ask for as much of it as L2 can keep.
   const int64_t prefix_bytes = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
   const int64_t megabytes = tuning.l2_prefetch_mb == 0 ? 16 : std::max(0, tuning.l2_prefetch_mb);
@@ -205,14 +215,16 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   return Status::kOk;
 }
 
-KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int index, void* workspace, void* barrier) {
+KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int index, void* workspace,
+                                 void* barrier) {
   const WorkspaceLayout layout = workspace_layout(p, plan.tokens_per_launch, plan.grid);
   char* base = static_cast<char*>(workspace);
   KernelArguments a{};
   a.params = p;
   if (a.params.scale == 0) a.params.scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
   a.token_begin = index * plan.tokens_per_launch;
-  a.token_end = std::min<int64_t>(a.token_begin + int64_t{plan.tokens_per_launch}, int64_t{p.batch} * p.sequence);
+  a.token_end =
+      std::min<int64_t>(a.token_begin + int64_t{plan.tokens_per_launch}, int64_t{p.batch} * p.sequence);
   a.max_rows = plan.tokens_per_launch * (p.num_heads / p.kv_num_heads);
   a.prefix_cost = plan.prefix_cost;
   a.context_cost = plan.context_cost;

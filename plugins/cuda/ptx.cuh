@@ -1,6 +1,7 @@
-// Everything the kernels need that is not plain C++: the instructions of the chip, one function each. Nothing else in
-// plugins/cuda may hold inline assembly, so that tests/cuda_emulation can compile the very same kernels with a host
-// compiler: with RELAY_CUDA_ON_HOST set, its cuda_on_host.h defines every name of this file, fragment layouts included.
+// Everything the kernels need that is not plain C++: the instructions of the chip, one function each. Nothing
+// else in plugins/cuda may hold inline assembly, so that tests/cuda_emulation can compile the very same
+// kernels with a host compiler: with RELAY_CUDA_ON_HOST set, its cuda_on_host.h defines every name of this
+// file, fragment layouts included.
 #pragma once
 
 #ifdef RELAY_CUDA_ON_HOST
@@ -80,8 +81,8 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 give the row addresses of matrix i. Lane 4r+c receives elements
-// (r, 2c) and (r, 2c+1) of each; transposed: (2c, r) and (2c+1, r).
+// Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 give the row addresses of matrix i. Lane 4r+c receives
+// elements (r, 2c) and (r, 2c+1) of each; transposed: (2c, r) and (2c+1, r).
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -97,26 +98,25 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], Shar
 }
 
 // c[16, 8] += a[16, 16] * b[16, 8]. With g = lane / 4 and t = lane % 4:
-// a = {(g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..)}, b = {(2t.., g), (2t+8.., g)}, c = {(g, 2t), (g, 2t+1),
-// (g+8, 2t), (g+8, 2t+1)}.
+// a = {(g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..)}, b = {(2t.., g), (2t+8.., g)}, c = {(g, 2t), (g,
+// 2t+1), (g+8, 2t), (g+8, 2t+1)}.
 template <class T>
-__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                    uint32_t b1);
 
 template <>
-__device__ __forceinline__ void multiply_accumulate<Float16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                             uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+__device__ __forceinline__ void multiply_accumulate<Float16>(float (&c)[4], const uint32_t (&a)[4],
+                                                             uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <>
-__device__ __forceinline__ void multiply_accumulate<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                              uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+__device__ __forceinline__ void multiply_accumulate<BFloat16>(float (&c)[4], const uint32_t (&a)[4],
+                                                              uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

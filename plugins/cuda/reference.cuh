@@ -1,5 +1,5 @@
-// The slow kernels: one warp to a query row, one key after the other, no sharing, no splitting. Right by inspection, and
-// what the fast kernel is compared with on a GPU.
+// The slow kernels: one warp to a query row, one key after the other, no sharing, no splitting. Right by
+// inspection, and what the fast kernel is compared with on a GPU.
 #pragma once
 
 #include "lengths.cuh"
@@ -7,13 +7,15 @@
 
 namespace relay::cuda {
 
-// Writes the new tokens into present, keys rotated; also runs before a long chunk (Plan::append_before). Grid-stride over [B, S, Hkv, D/8] chunks.
+// Writes the new tokens into present, keys rotated; also runs before a long chunk (Plan::append_before).
+// Grid-stride over [B, S, Hkv, D/8] chunks.
 template <class T>
 __global__ void append_kernel(RelayParams p) {
   const int chunks = p.head_dim / 8;
   const int64_t count = int64_t{p.batch} * p.sequence * p.kv_num_heads * chunks;
   const Rotary rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0};
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
     const int chunk = i % chunks;
     const int head = i / chunks % p.kv_num_heads;
     const int token = i / chunks / p.kv_num_heads % p.sequence;
@@ -32,7 +34,8 @@ __global__ void append_kernel(RelayParams p) {
   }
 }
 
-// One warp (a block of its own) to a row (b, s, query head); runs after the append. head_dim = 32 * kElements.
+// One warp (a block of its own) to a row (b, s, query head); runs after the append. head_dim = 32 *
+// kElements.
 template <class T, int kElements>
 __global__ void reference_attention_kernel(RelayParams p) {
   const int64_t row = blockIdx.x;
@@ -77,12 +80,14 @@ __global__ void reference_attention_kernel(RelayParams p) {
     const bool in_prefix = j < p.prefix_length;
     const int64_t offset =
         in_prefix ? (int64_t{kv_head} * p.prefix_length + j) * p.head_dim
-                  : ((int64_t{request} * p.kv_num_heads + kv_head) * p.max_context + j - p.prefix_length) * p.head_dim;
+                  : ((int64_t{request} * p.kv_num_heads + kv_head) * p.max_context + j - p.prefix_length) *
+                        p.head_dim;
     const void* keys = in_prefix ? p.prefix_key : p.present_key;
     const void* values = in_prefix ? p.prefix_value : p.present_value;
     float score = 0;
     for (int i = 0; i < kElements; ++i) score += query[i] * element(keys, offset + i * 32 + lane);
-    for (int distance = 16; distance > 0; distance /= 2) score += __shfl_xor_sync(0xffffffffu, score, distance);
+    for (int distance = 16; distance > 0; distance /= 2)
+      score += __shfl_xor_sync(0xffffffffu, score, distance);
     score *= p.scale;
     if (p.softcap > 0) score = p.softcap * tanhf(score / p.softcap);
     const float new_maximum = fmaxf(maximum, score);

@@ -39,15 +39,16 @@ __device__ __forceinline__ void rotate_pairs(uint4& x, const uint2& cosine, cons
   x.w = rotate_pair<T>(x.w, c1.y, s1.y);
 }
 
-// What a thread holds of a chunk between reading and writing it: the chunk, its partner in the half-split layout, angles.
+// What a thread holds of a chunk between reading and writing it: the chunk, its partner in the half-split
+// layout, angles.
 struct RotaryChunk {
   uint4 x1, x2;
   uint4 cosine, sine;  // interleaved: x and y only
 };
 
-// The rotary caches as rows of angles; dim = 0: no rotary. A row's chunks are visited in two steps, so that a thread can
-// have many reads under way before it needs the first. Half-split, a chunk of the first half takes its partner along,
-// which does nothing of its own.
+// The rotary caches as rows of angles; dim = 0: no rotary. A row's chunks are visited in two steps, so that a
+// thread can have many reads under way before it needs the first. Half-split, a chunk of the first half takes
+// its partner along, which does nothing of its own.
 struct Rotary {
   const void* cosine;
   const void* sine;
@@ -87,7 +88,8 @@ struct Rotary {
     if (index >= 2 * half_chunks) {
       store(index, chunk.x1);
     } else if (interleaved) {
-      rotate_pairs<T>(chunk.x1, make_uint2(chunk.cosine.x, chunk.cosine.y), make_uint2(chunk.sine.x, chunk.sine.y));
+      rotate_pairs<T>(chunk.x1, make_uint2(chunk.cosine.x, chunk.cosine.y),
+                      make_uint2(chunk.sine.x, chunk.sine.y));
       store(index, chunk.x1);
     } else {
       rotate_halves<T>(chunk.x1, chunk.x2, chunk.cosine, chunk.sine);

@@ -1,13 +1,15 @@
-// Who does what. Every block of the grid derives the same schedule from the lengths, so nothing has to be handed out.
+// Who does what. Every block of the grid derives the same schedule from the lengths, so nothing has to be
+// handed out.
 //
-// Rows. The valid tokens of the launch are counted over requests in order; token t and query head h*G+g (G = group size)
-// make packed row t*G+g of kv head h. A prefix tile is kPrefixRows consecutive packed rows of one kv head, from as many
-// requests as they reach over; a context tile is kContextRows consecutive packed rows of one request and kv head.
+// Rows. The valid tokens of the launch are counted over requests in order; token t and query head h*G+g (G =
+// group size) make packed row t*G+g of kv head h. A prefix tile is kPrefixRows consecutive packed rows of one
+// kv head, from as many requests as they reach over; a context tile is kContextRows consecutive packed rows
+// of one request and kv head.
 //
-// Units. A tile's work is its blocks of 64 keys. Units are numbered: all prefix tiles by (kv head, tile, key block), then
-// all context tiles by (request, kv head, tile, key block). Each block of the grid takes a contiguous range of equal
-// cost, which may begin and end inside tiles; the partial results of a tile are merged by log-sum-exp in the order of
-// the blocks that made them.
+// Units. A tile's work is its blocks of 64 keys. Units are numbered: all prefix tiles by (kv head, tile, key
+// block), then all context tiles by (request, kv head, tile, key block). Each block of the grid takes a
+// contiguous range of equal cost, which may begin and end inside tiles; the partial results of a tile are
+// merged by log-sum-exp in the order of the blocks that made them.
 #pragma once
 
 #include "lengths.cuh"
@@ -37,7 +39,7 @@ struct ScheduleTotals {
   int prefix_blocks;
   int prefix_units;
   int units;
-  int workers;             // blocks of the grid that have work: 0..workers-1
+  int workers;  // blocks of the grid that have work: 0..workers-1
   int cost_quotient, cost_remainder;
   int unused[6];
 };
@@ -62,7 +64,9 @@ struct Schedule {
   // [B]
   __device__ __forceinline__ int* context_len() const { return array(3); }
   // [tokens]
-  __device__ __forceinline__ uint16_t* request_of_token() const { return reinterpret_cast<uint16_t*>(array(4)); }
+  __device__ __forceinline__ uint16_t* request_of_token() const {
+    return reinterpret_cast<uint16_t*>(array(4));
+  }
 
   __device__ __forceinline__ int context_block_begin(int request) const {
     const int window = arguments->params.local_window_size;
@@ -92,13 +96,16 @@ struct Schedule {
   // The worker in whose range a unit lies: the last one whose first unit is not beyond it.
   __device__ __forceinline__ int owner(int unit) const {
     const int prefix_cost = totals().prefix_units * arguments->prefix_cost;
-    const int cost = unit < totals().prefix_units ? (unit + 1) * arguments->prefix_cost - 1
-                                         : prefix_cost + (unit + 1 - totals().prefix_units) * arguments->context_cost - 1;
+    const int cost = unit < totals().prefix_units
+                         ? (unit + 1) * arguments->prefix_cost - 1
+                         : prefix_cost + (unit + 1 - totals().prefix_units) * arguments->context_cost - 1;
     const int longer = totals().cost_remainder * (totals().cost_quotient + 1);
-    return cost < longer ? cost / (totals().cost_quotient + 1) : totals().cost_remainder + (cost - longer) / totals().cost_quotient;
+    return cost < longer ? cost / (totals().cost_quotient + 1)
+                         : totals().cost_remainder + (cost - longer) / totals().cost_quotient;
   }
 
-  // The tile that a unit belongs to; `request`: any request not after the tile's (the search goes on from there).
+  // The tile that a unit belongs to; `request`: any request not after the tile's (the search goes on from
+  // there).
   __device__ __forceinline__ Tile find(int unit, int request) const {
     Tile tile;
     tile.is_context = unit >= totals().prefix_units;

@@ -1,13 +1,17 @@
-// CUDA on a CPU, as far as plugins/cuda needs it: the host twin of plugins/cuda/ptx.cuh, and a machine that runs a grid.
+// CUDA on a CPU, as far as plugins/cuda needs it: the host twin of plugins/cuda/ptx.cuh, and a machine that
+// runs a grid.
 //
-// This tests the LOGIC of the kernels (indexing, fragment layouts, barriers, races between copies and use, the order of
-// blocks). It is no GPU run: it says nothing of speed, of the compiler's output, or of the memory model.
+// This tests the LOGIC of the kernels (indexing, fragment layouts, barriers, races between copies and use,
+// the order of blocks). It is no GPU run: it says nothing of speed, of the compiler's output, or of the
+// memory model.
 //
-// Every CUDA thread is a fiber. A warp collective (shuffle, ldmatrix, mma) waits for its 32 lanes, which must all call the
-// same one; __syncthreads waits for the block; all blocks are resident, as in a cooperative launch. Made to hurt:
+// Every CUDA thread is a fiber. A warp collective (shuffle, ldmatrix, mma) waits for its 32 lanes, which must
+// all call the same one; __syncthreads waits for the block; all blocks are resident, as in a cooperative
+// launch. Made to hurt:
 // - warps run in random order, each as far as the next barrier, so that a missing barrier shows;
 // - blocks run in random order and can be preempted at atomics;
-// - an asynchronous copy lands as late as allowed (at its wait), at once, or at random, so that a missing wait and a buffer
+// - an asynchronous copy lands as late as allowed (at its wait), at once, or at random, so that a missing
+// wait and a buffer
 //   refilled too early both show;
 // - shared memory starts as NaN, and what plan.cpp did not ask for is not there.
 #pragma once
@@ -29,10 +33,18 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-struct uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -114,8 +126,8 @@ cuda_on_host_switch:
 
 struct Options {
   uint64_t seed = 0;
-  bool shuffle = true;   // blocks and warps in random order, preemption at atomics; else in order
-  int copies = 2;        // asynchronous copies land: 0 late, 1 at once, 2 at random
+  bool shuffle = true;  // blocks and warps in random order, preemption at atomics; else in order
+  int copies = 2;       // asynchronous copies land: 0 late, 1 at once, 2 at random
 };
 
 struct Copy {
@@ -153,7 +165,9 @@ struct Block {
   bool finished() const { return done == static_cast<int>(threads.size()); }
 };
 
-struct Index { unsigned x; };
+struct Index {
+  unsigned x;
+};
 
 struct Machine {
   Options options;
@@ -198,13 +212,13 @@ inline void make_fiber(Thread& thread, char* stack) {
   uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + kStackBytes) & ~uintptr_t{15};
 #if defined(__x86_64__)
   void** sp = reinterpret_cast<void**>(top);
-  *--sp = nullptr;                                   // keeps the stack aligned as after a call
-  *--sp = reinterpret_cast<void*>(&fiber_main);      // popped by ret
-  for (int i = 0; i < 6; ++i) *--sp = nullptr;       // callee-saved registers
+  *--sp = nullptr;                               // keeps the stack aligned as after a call
+  *--sp = reinterpret_cast<void*>(&fiber_main);  // popped by ret
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;   // callee-saved registers
 #else
   void** sp = reinterpret_cast<void**>(top) - 20;
   for (int i = 0; i < 20; ++i) sp[i] = nullptr;
-  sp[11] = reinterpret_cast<void*>(&fiber_main);     // x30
+  sp[11] = reinterpret_cast<void*>(&fiber_main);  // x30
 #endif
   thread.stack_pointer = sp;
 }
@@ -241,7 +255,8 @@ inline bool run_block(Machine& m, int index) {
 }
 
 // Runs `kernel` on grid x threads fibers with shared_bytes of shared memory a block.
-inline void launch(const Options& options, int grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+inline void launch(const Options& options, int grid, int threads, size_t shared_bytes,
+                   std::function<void()> kernel) {
   Machine m;
   machine() = &m;
   m.options = options;
@@ -272,8 +287,9 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
       run_block(m, b);
       progress |= m.progress > 0 || m.blocks[b]->done != done;
     }
-    running.erase(std::remove_if(running.begin(), running.end(), [&](int b) { return m.blocks[b]->finished(); }),
-                  running.end());
+    running.erase(
+        std::remove_if(running.begin(), running.end(), [&](int b) { return m.blocks[b]->finished(); }),
+        running.end());
     // A spinning block makes no progress by itself; if none makes any for long, they wait for one another.
     idle = progress ? 0 : idle + 1;
     if (idle > 100) die("deadlock: blocks wait at a barrier or collective that not all threads reach");
@@ -377,11 +393,17 @@ inline T shuffle(int operation, T value, int from) {
 }
 inline int lane_id() { return cuda_on_host::machine()->thread % 32; }
 template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) { return shuffle(1, value, lane_id() ^ mask); }
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shuffle(1, value, lane_id() ^ mask);
+}
 template <class T>
-inline T __shfl_up_sync(unsigned, T value, int delta) { return shuffle(2, value, lane_id() - delta); }
+inline T __shfl_up_sync(unsigned, T value, int delta) {
+  return shuffle(2, value, lane_id() - delta);
+}
 template <class T>
-inline T __shfl_sync(unsigned, T value, int lane) { return shuffle(3, value, lane); }
+inline T __shfl_sync(unsigned, T value, int lane) {
+  return shuffle(3, value, lane);
+}
 
 // ---- the host twin of ptx.cuh ----
 namespace relay::cuda {
@@ -536,7 +558,9 @@ inline void store_release(uint32_t* word, uint32_t value) {
   ++cuda_on_host::machine()->progress;
 }
 template <class Vector>
-inline Vector load_other_block(const Vector* words) { return *words; }
+inline Vector load_other_block(const Vector* words) {
+  return *words;
+}
 inline void pause_spin() { cuda_on_host::leave(cuda_on_host::State::kPaused); }
 inline void prefetch_l2(const void* line) {
   volatile char byte = *static_cast<const char*>(line);

@@ -1,7 +1,8 @@
-// The CUDA kernels on fibers, behind a C function that test_kernels.py calls. Not a GPU run: see cuda_on_host.h.
+// The CUDA kernels on fibers, behind a C function that test_kernels.py calls. Not a GPU run: see
+// cuda_on_host.h.
 //
-// Every tensor is handed to the kernels in a mapping of its own that ends at (or begins after) an inaccessible page, so
-// that an access out of bounds ends the process.
+// Every tensor is handed to the kernels in a mapping of its own that ends at (or begins after) an
+// inaccessible page, so that an access out of bounds ends the process.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -35,7 +36,8 @@ class Guarded {
   void protect_from_writes() {
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
-    if (bytes_ > 0) mprotect(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(data) + bytes_ - begin, PROT_READ);
+    if (bytes_ > 0)
+      mprotect(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(data) + bytes_ - begin, PROT_READ);
   }
 
   char* data;
@@ -47,16 +49,17 @@ class Guarded {
 
 void run(const Kernels& kernels, const KernelArguments& arguments, const Plan& plan,
          const cuda_on_host::Options& options) {
-  cuda_on_host::launch(options, plan.grid, kThreads, plan.shared_bytes, [&] { kernels.attention(arguments); });
+  cuda_on_host::launch(options, plan.grid, kThreads, plan.shared_bytes,
+                       [&] { kernels.attention(arguments); });
 }
 
 }  // namespace
 
-// dry_run: only check and plan. plan_out (may be null): [prefix_rows, context_rows, depth, grid, launches]. barrier: the
-// epoch word's first value; the words must be ready for another launch afterwards.
-extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tuning, int sm_count, size_t shared_limit,
-                             uint64_t seed, int shuffle, int copies, int guard_at_end, int dry_run, int* plan_out,
-                             char* message, size_t message_size) {
+// dry_run: only check and plan. plan_out (may be null): [prefix_rows, context_rows, depth, grid, launches].
+// barrier: the epoch word's first value; the words must be ready for another launch afterwards.
+extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tuning, int sm_count,
+                             size_t shared_limit, uint64_t seed, int shuffle, int copies, int guard_at_end,
+                             int dry_run, int* plan_out, char* message, size_t message_size) {
   RelayParams p = *caller;
   Status status = check(p, dry_run == 0, message, message_size);
   if (status != Status::kOk) return static_cast<int>(status);
@@ -107,7 +110,8 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
   if (tuning->algorithm == 1) {
     if (p.scale == 0) p.scale = 1 / std::sqrt(static_cast<float>(p.head_dim));
     cuda_on_host::launch(options, 3, kThreads, 0, [&] { kernels.append(p); });
-    cuda_on_host::launch(options, p.batch * p.sequence * p.num_heads, 32, 0, [&] { kernels.reference_attention(p); });
+    cuda_on_host::launch(options, p.batch * p.sequence * p.num_heads, 32, 0,
+                         [&] { kernels.reference_attention(p); });
   } else {
     const size_t size = workspace_layout(p, plan.tokens_per_launch, plan.grid).total;
     if (size > workspace_bytes(p, sm_count)) cuda_on_host::die("workspace_bytes is too small for the plan");
