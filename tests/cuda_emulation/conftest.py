@@ -1,4 +1,4 @@
-"""Builds the emulation library once per session: the kernels of plugins/cuda, compiled by the host compiler."""
+"""Builds the emulation library once a session: the kernels of plugins/cuda, by the host compiler."""
 
 from __future__ import annotations
 

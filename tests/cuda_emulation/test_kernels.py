@@ -1,4 +1,4 @@
-"""The CUDA kernels' logic on a CPU: the very same source, run thread by thread (cuda_on_host.h). NOT a GPU run."""
+"""The CUDA kernels' logic on a CPU: their very source, thread by thread (cuda_on_host.h). NOT a GPU run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from relay_cuda import BFLOAT16, FLOAT16, TOLERANCE, Bits, Case, Params, Tuning, from_bits, reference, relative_error
+from relay_cuda import (
+    BFLOAT16,
+    FLOAT16,
+    TOLERANCE,
+    Bits,
+    Case,
+    Params,
+    Tuning,
+    from_bits,
+    reference,
+    relative_error,
+)
 
 SM_90, SM_86 = 227 << 10, 99 << 10
 
@@ -24,8 +35,9 @@ class Emulation:
     ) -> tuple[int, str, list[int]]:  # fmt: skip
         message, plan = ctypes.create_string_buffer(512), (ctypes.c_int * 5)()
         status = self.library.relay_emulate(
-            ctypes.byref(params), ctypes.byref(tuning), sm_count, ctypes.c_size_t(shared), ctypes.c_uint64(seed),
-            int(shuffle), copies, int(guard_at_end), int(dry_run), plan, message, ctypes.c_size_t(len(message)),
+            ctypes.byref(params), ctypes.byref(tuning), sm_count, ctypes.c_size_t(shared),
+            ctypes.c_uint64(seed), int(shuffle), copies, int(guard_at_end), int(dry_run), plan, message,
+            ctypes.c_size_t(len(message)),
         )  # fmt: skip
         return status, message.value.decode(), list(plan)
 
@@ -104,12 +116,14 @@ CASES = {
     "rotary, partial, interleaved": Case(rotary_dim=48, rotary_interleaved=True, dtype=BFLOAT16),
     "not in place": Case(in_place=False, rotary_dim=64),
     "several tokens": Case(sequence=4, query_lens=(4, 1, 3), rotary_dim=64),
-    "prefill, ragged": Case(sequence=40, context_lens=(5, 0, 40, 7), query_lens=(40, 33, 0, 1), rotary_dim=64),
+    "prefill, ragged": Case(sequence=40, context_lens=(5, 0, 40, 7), query_lens=(40, 33, 0, 1),
+                            rotary_dim=64),
     "prefill without prefix": Case(sequence=70, context_lens=(0, 10), prefix_length=0, query_lens=(70, 65)),
     "prefill, window": Case(sequence=40, context_lens=(5, 30), query_lens=(40, 39), local_window_size=20),
     "prefill, head_dim 128": Case(sequence=20, context_lens=(5, 60, 7), query_lens=(20, 19, 1), head_dim=128,
                                   dtype=BFLOAT16, rotary_dim=128, kv_num_heads=1),
-    "prefill, head_dim 256": Case(sequence=20, context_lens=(5, 60), query_lens=(20, 19), head_dim=256, group=1),
+    "prefill, head_dim 256": Case(sequence=20, context_lens=(5, 60), query_lens=(20, 19), head_dim=256,
+                                  group=1),
     "prefill, head_dim 192 and 7 heads": Case(sequence=11, context_lens=(5, 60), head_dim=192, group=7,
                                               kv_num_heads=1, in_place=False, softcap=20.0),
     "full cache": Case(context_lens=(79, 79), prefix_length=10),
@@ -150,7 +164,9 @@ def test_every_tile_size_serves_every_call(emulation: Emulation, rows: tuple[int
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 32])
 def test_a_call_cut_into_launches(emulation: Emulation, tokens: int) -> None:
-    case = Case(sequence=20, context_lens=(5, 0, 40, 7), query_lens=(20, 13, 0, 1), rotary_dim=64, kv_num_heads=1)
+    case = Case(
+        sequence=20, context_lens=(5, 0, 40, 7), query_lens=(20, 13, 0, 1), rotary_dim=64, kv_num_heads=1
+    )
     check(emulation, case, tokens_per_launch=tokens)
     check(emulation, replace(case, local_window_size=9), tokens_per_launch=tokens)
 
@@ -243,7 +259,9 @@ def test_refusals_say_why(emulation: Emulation, reason: str) -> None:
 @pytest.mark.parametrize("batch", [1, 8, 32, 256, 1024])
 @pytest.mark.parametrize("shared", [SM_90, 163 << 10, SM_86])
 def test_every_gpu_gets_a_plan(emulation: Emulation, head_dim: int, batch: int, shared: int) -> None:
-    case = Case(head_dim=head_dim, context_lens=(1,) * batch, kv_num_heads=8, prefix_length=32768, max_context=4096)
+    case = Case(
+        head_dim=head_dim, context_lens=(1,) * batch, kv_num_heads=8, prefix_length=32768, max_context=4096
+    )
     for sequence in (1, 4, 512):
         params = replace(case, sequence=sequence).params()
         status, message, plan = emulation.call(params, Tuning(), sm_count=132, shared=shared, dry_run=True)

@@ -23,8 +23,8 @@ class Params(ctypes.Structure):
         *[
             (name, ctypes.c_void_p)
             for name in (
-                "query", "key", "value", "past_key", "past_value", "present_key", "present_value", "context_lens",
-                "query_lens", "prefix_key", "prefix_value", "cos_cache", "sin_cache", "output",
+                "query", "key", "value", "past_key", "past_value", "present_key", "present_value",
+                "context_lens", "query_lens", "prefix_key", "prefix_value", "cos_cache", "sin_cache", "output",
             )
         ],
         *[
@@ -109,9 +109,10 @@ class Case:
     def params(self) -> Params:
         """Everything but the pointers."""
         return Params(
-            batch=self.batch, sequence=self.sequence, num_heads=self.num_heads, kv_num_heads=self.kv_num_heads,
-            head_dim=self.head_dim, max_context=self.max_context, prefix_length=self.prefix_length,
-            rotary_dim=self.rotary_dim, max_positions=self.positions if self.rotary_dim else 0, scale=self.scale,
+            batch=self.batch, sequence=self.sequence, num_heads=self.num_heads,
+            kv_num_heads=self.kv_num_heads, head_dim=self.head_dim, max_context=self.max_context, prefix_length=self.prefix_length,
+            rotary_dim=self.rotary_dim,
+            max_positions=self.positions if self.rotary_dim else 0, scale=self.scale,
             softcap=self.softcap, local_window_size=self.local_window_size,
             rotary_interleaved=int(self.rotary_interleaved), dtype=self.dtype,
         )  # fmt: skip
@@ -130,7 +131,7 @@ class Case:
         return shapes
 
     def inputs(self, seed: int = 0) -> dict[str, Bits]:
-        """Random tensors. Cache slots beyond the context, and rows past query_lens, hold NaN: nobody may read them."""
+        """Random tensors. Cache slots beyond the context and rows past query_lens hold NaN: not to be read."""
         rng = np.random.default_rng(seed)
         tensors = {
             name: to_bits(rng.standard_normal(shape, dtype=np.float32), self.dtype)
@@ -163,8 +164,8 @@ def _rotate(x: Array, cosine: Array, sine: Array, interleaved: bool) -> Array:
 def reference(case: Case, tensors: dict[str, Bits]) -> tuple[Array, Bits, Bits]:
     """output [B, S, Hq*D] in float64, present_key and present_value as bits.
 
-    Rotated queries and keys are rounded to the storage type as the kernels do; all else is float64. A row whose lengths
-    are out of range gives NaN and leaves its cache alone.
+    Rotated queries and keys are rounded to the storage type as the kernels do; all else is float64. A row whose
+    lengths are out of range gives NaN and leaves its cache alone.
     """
     b_count, s_count, d, kv, group = case.batch, case.sequence, case.head_dim, case.kv_num_heads, case.group
     x = {name: from_bits(bits, case.dtype) for name, bits in tensors.items()}
@@ -222,5 +223,5 @@ def relative_error(got: Array, want: Array) -> float:
     return difference / norm if norm else difference
 
 
-# What rounding to the storage type (of the probabilities and of the output) leaves: 2^-11 and 2^-8, with some room.
+# What rounding to the storage type (of probabilities and output) leaves: 2^-11 and 2^-8, with some room.
 TOLERANCE = {FLOAT16: 1.5e-3, BFLOAT16: 1.0e-2}
