@@ -1,4 +1,4 @@
-"""The commands `export`, `prefix` and `verify`."""
+"""The commands `export`, `prefix`, `verify` and (from build_command.py) `build`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ EXIT_MISMATCH = 1
 
 def add_commands(subparsers: Any) -> None:
     """Adds this room's commands to argparse's subparsers; what they need is imported when they run."""
+    from relay_attention.export.build_command import add_build_command
+
     export = subparsers.add_parser(
         "export", help="export a model with its system prompt", description=_export.__doc__
     )
@@ -28,6 +30,12 @@ def add_commands(subparsers: Any) -> None:
         "--precision",
         choices=("fp32", "fp16"),
         help="of weights and KV cache (fp32; what a genai folder holds)",
+    )
+    export.add_argument(
+        "--target",
+        choices=("onnxruntime", "tensorrt"),
+        default="onnxruntime",
+        help="tensorrt keeps the graph to what TensorRT 8.6 takes as well; ONNX Runtime runs both (%(default)s)",
     )
     export.add_argument(
         "--prefix",
@@ -69,6 +77,7 @@ def add_commands(subparsers: Any) -> None:
     verify.add_argument("--threads", type=int, metavar="N", help="the engine's threads (its own choice)")
     verify.add_argument("--json", action="store_true", help="print JSON")
     verify.set_defaults(run=_verify)
+    add_build_command(subparsers)
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +106,7 @@ def _export(arguments: argparse.Namespace) -> int:
         read_system_prompt(Path(arguments.system_prompt)),
         arguments.output,
         precision=arguments.precision,
+        target=arguments.target,
         max_context=arguments.max_context,
         prefix=arguments.prefix,
         all_logits=arguments.all_logits,

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from relay_attention.errors import ArtifactError, ExportError
 from relay_attention.export.folder import replace_folder
 from relay_attention.export.graph import find_nodes, graph_output, int_attribute
-from relay_attention.export.passes import rewrite
+from relay_attention.export.passes import rewrite, run
 from relay_attention.export.passes.replace_attention import is_relay_attention
+from relay_attention.export.passes.tensorrt import tensorrt_passes
 from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
 from relay_attention.export.source import GENAI, SourceModel, detect
@@ -34,6 +35,7 @@ from relay_attention.runtime.artifact import (
 )
 from relay_attention.runtime.text import TOKENIZER_FILES, TOKENIZER_NAME, Tokenizer
 
+TARGETS = ("onnxruntime", "tensorrt")
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 _WEIGHT_ALIGNMENT = 4096
 
@@ -44,6 +46,7 @@ def export_model(
     output: str | os.PathLike[str],
     *,
     precision: str | None = None,
+    target: str = "onnxruntime",
     max_context: int | None = None,
     prefix: str = "static",
     all_logits: bool = False,
@@ -59,6 +62,7 @@ def export_model(
     system_prompt: the text whose keys and values are computed once.
     output: the folder to write; an artifact that is there is replaced when all is done.
     precision: "fp32" or "fp16" for weights and KV cache; None for fp32, or for what a genai folder holds.
+    target: "onnxruntime", or "tensorrt" for a graph in forms that TensorRT 8.6 takes as well.
     max_context: tokens that one request may hold beside the prefix, at most the model's positions less the
     prefix;
         None for as many as there are, up to 4096.
@@ -75,6 +79,8 @@ def export_model(
         raise ExportError(f"prefix is {prefix!r}; it is 'static' or 'input'")
     if precision not in (None, *PRECISIONS):
         raise ExportError(f"precision is {precision!r}; it is {' or '.join(PRECISIONS)}")
+    if target not in TARGETS:
+        raise ExportError(f"target is {target!r}; it is {' or '.join(TARGETS)}")
     kind = detect(source)
     with replace_folder(output) as folder:
         tokenizer = _copy_tokenizer(source, folder)
@@ -87,6 +93,8 @@ def export_model(
             all_logits=all_logits,
             max_positions=loaded.max_positions,
         )
+        if target == "tensorrt":
+            run(loaded.model, tensorrt_passes())
         geometry = _geometry(loaded)
         dtype = _dtype(loaded.model)
         _write_model(loaded.model, folder, progress)

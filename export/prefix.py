@@ -33,6 +33,7 @@ from relay_attention.runtime.artifact import (
     PrefixHeader,
     PrefixInfo,
 )
+from relay_attention.runtime.engine import FOLDER as ENGINE_FOLDER
 from relay_attention.runtime.text import SystemPrompt, Tokenizer
 
 CHUNK = 512
@@ -134,7 +135,16 @@ def make_prefix(
         kept = {name: entry for name, entry in manifest.files.items() if name not in made_here}
         manifest = dataclasses.replace(manifest, max_context=max_context, files=kept)
         bake_prefix(folder, manifest, prompt, threads=threads, progress=progress)
+        _keep_plans(artifact.path, folder)
     return artifact.path
+
+
+def _keep_plans(source: Path, folder: Path) -> None:
+    """TensorRT plans stay with an artifact: a prefix of the same length is refitted into them."""
+    if (source / ENGINE_FOLDER).is_dir():
+        (folder / ENGINE_FOLDER).mkdir()
+        for file in (source / ENGINE_FOLDER).iterdir():
+            _link(file, folder / ENGINE_FOLDER / file.name)
 
 
 def bake_prefix(
