@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -70,15 +71,22 @@ def _prefix(output: Path) -> str:
 
 
 def _clear_abandoned(output: Path) -> None:
-    """Removes what killed exports to the same place left: folders whose lock nobody holds."""
-    for folder in output.parent.glob(f"{_prefix(output)}*"):
-        with suppress(OSError):
+    """Removes what killed exports to the same place left: folders whose lock nobody holds.
+
+    Raises: ExportError if one is held: another export is running.
+    """
+    for folder in output.parent.glob(f"{glob.escape(_prefix(output))}*"):
+        try:
             descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+        except FileNotFoundError:  # it has just ended
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            raise ExportError(f"{output}: another export is writing to it (in {folder.name})") from None
+        finally:
+            os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:
