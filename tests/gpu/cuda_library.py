@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from relay_cuda import FLOAT16, Bits, Case, Params, Tuning
+from relay_cuda import FLOAT16, Array, Bits, Case, Params, Tuning
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BARRIER_BYTES = 256
@@ -17,7 +17,7 @@ BARRIER_BYTES = 256
 def find_library() -> Path:
     """RELAY_CUDA_LIBRARY, or what a build of the checkout left."""
     given = os.environ.get("RELAY_CUDA_LIBRARY")
-    candidates = [Path(given)] if given else [*ROOT.glob("build*/plugins/cuda/librelay_attention_cuda.so")]
+    candidates = [Path(given)] if given else [*ROOT.glob("build*/**/librelay_attention_cuda.so")]
     for path in candidates:
         if path.is_file():
             return path
@@ -31,7 +31,7 @@ def to_device(bits: Bits) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> Bits:
-    return tensor.cpu().numpy().view(np.uint16)
+    return np.asarray(tensor.cpu().numpy()).view(np.uint16)
 
 
 class Call:
@@ -120,7 +120,7 @@ class CudaLibrary:
         return Call(self, case, {name: to_device(bits) for name, bits in inputs.items()})
 
 
-def reference_on_device(case: Case, inputs: dict[str, Bits], device: str = "cuda") -> np.ndarray:
+def reference_on_device(case: Case, inputs: dict[str, Bits], device: str = "cuda") -> Array:
     """relay_cuda.reference's output, in float64 on the GPU: for sizes that a CPU would take minutes for."""
     kind = torch.float16 if case.dtype == FLOAT16 else torch.bfloat16
 
@@ -171,4 +171,4 @@ def reference_on_device(case: Case, inputs: dict[str, Bits], device: str = "cuda
         score = score.masked_fill(~visible, -torch.inf)
         out = torch.softmax(score, -1) @ values
         output[b, :new] = out.reshape(kv, group, new, d).permute(2, 0, 1, 3).reshape(new, case.num_heads, d)
-    return output.reshape(case.batch, case.sequence, -1).cpu().numpy()
+    return np.asarray(output.reshape(case.batch, case.sequence, -1).cpu().numpy())

@@ -24,7 +24,8 @@ class Params(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 "query", "key", "value", "past_key", "past_value", "present_key", "present_value",
-                "context_lens", "query_lens", "prefix_key", "prefix_value", "cos_cache", "sin_cache", "output",
+                "context_lens", "query_lens", "prefix_key", "prefix_value", "cos_cache",
+                "sin_cache", "output",
             )
         ],
         *[
@@ -59,13 +60,13 @@ def to_bits(x: npt.NDArray[np.floating], dtype: int) -> Bits:
     if dtype == FLOAT16:
         return np.asarray(x, np.float16).view(np.uint16)
     word = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((word + 0x7FFF + (word >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.asarray((word + 0x7FFF + (word >> 16 & 1)) >> 16, np.uint16)
 
 
 def from_bits(bits: Bits, dtype: int) -> Array:
     if dtype == FLOAT16:
-        return bits.view(np.float16).astype(np.float64)
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return np.asarray(bits.view(np.float16), np.float64)
+    return np.asarray((bits.astype(np.uint32) << 16).view(np.float32), np.float64)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Case:
         """Everything but the pointers."""
         return Params(
             batch=self.batch, sequence=self.sequence, num_heads=self.num_heads,
-            kv_num_heads=self.kv_num_heads, head_dim=self.head_dim, max_context=self.max_context, prefix_length=self.prefix_length,
+            kv_num_heads=self.kv_num_heads, head_dim=self.head_dim, max_context=self.max_context,
+            prefix_length=self.prefix_length,
             rotary_dim=self.rotary_dim,
             max_positions=self.positions if self.rotary_dim else 0, scale=self.scale,
             softcap=self.softcap, local_window_size=self.local_window_size,
@@ -131,7 +133,7 @@ class Case:
         return shapes
 
     def inputs(self, seed: int = 0) -> dict[str, Bits]:
-        """Random tensors. Cache slots beyond the context and rows past query_lens hold NaN: not to be read."""
+        """Random tensors. Cache slots beyond the context and rows past query_lens hold NaN."""
         rng = np.random.default_rng(seed)
         tensors = {
             name: to_bits(rng.standard_normal(shape, dtype=np.float32), self.dtype)
@@ -153,7 +155,7 @@ class Case:
 def _rotate(x: Array, cosine: Array, sine: Array, interleaved: bool) -> Array:
     """x [..., D] by angles [..., R/2] of its positions."""
     half = cosine.shape[-1]
-    y = x.copy()
+    y: Array = x.copy()
     first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
     second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
     y[..., first] = x[..., first] * cosine - x[..., second] * sine
@@ -164,8 +166,8 @@ def _rotate(x: Array, cosine: Array, sine: Array, interleaved: bool) -> Array:
 def reference(case: Case, tensors: dict[str, Bits]) -> tuple[Array, Bits, Bits]:
     """output [B, S, Hq*D] in float64, present_key and present_value as bits.
 
-    Rotated queries and keys are rounded to the storage type as the kernels do; all else is float64. A row whose
-    lengths are out of range gives NaN and leaves its cache alone.
+    Rotated queries and keys are rounded to the storage type as the kernels do; all else is float64. A row
+    whose lengths are out of range gives NaN and leaves its cache alone.
     """
     b_count, s_count, d, kv, group = case.batch, case.sequence, case.head_dim, case.kv_num_heads, case.group
     x = {name: from_bits(bits, case.dtype) for name, bits in tensors.items()}

@@ -84,7 +84,8 @@ def test_every_dtype_head_dim_and_group(library: CudaLibrary, dtype: int, head_d
     for batch, prefix, context in ((1, 8192, 100), (9, 2048, 700), (64, 500, 40)):
         case = Case(
             head_dim=head_dim, dtype=dtype, group=group, kv_num_heads=2, prefix_length=prefix,
-            max_context=context + 1, context_lens=tuple(rng.integers(0, context + 1, batch).tolist()), rotary_dim=head_dim // 32 * 32,
+            max_context=context + 1, context_lens=tuple(rng.integers(0, context + 1, batch).tolist()),
+            rotary_dim=head_dim // 32 * 32,
         )  # fmt: skip
         check(library, case, seed=group)
 
