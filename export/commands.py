@@ -35,7 +35,8 @@ def add_commands(subparsers: Any) -> None:
         "--target",
         choices=("onnxruntime", "tensorrt"),
         default="onnxruntime",
-        help="tensorrt keeps the graph to what TensorRT 8.6 takes as well; ONNX Runtime runs both (%(default)s)",
+        help="tensorrt keeps the graph to what TensorRT 8.6 takes as well; ONNX Runtime runs both
+        (%(default)s)",
     )
     export.add_argument(
         "--prefix",
@@ -62,7 +63,9 @@ def add_commands(subparsers: Any) -> None:
     )
     verify.add_argument("artifact", metavar="OUT", help="artifact folder")
     verify.add_argument(
-        "--reference", required=True, metavar="MODEL", help="folder of the Hugging Face model"
+        "--reference",
+        metavar="MODEL",
+        help="folder of the Hugging Face model; without it, --backend is compared with ONNX Runtime",
     )
     verify.add_argument("--requests", type=int, default=8, metavar="N", help="random prompts (%(default)s)")
     verify.add_argument("--new-tokens", type=int, default=16, metavar="N", help="of each (%(default)s)")
@@ -136,11 +139,13 @@ def _prefix(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    """Compare an artifact's greedy tokens and logits with transformers running the full prompts. Exit status
-    1 if
-    they differ, or if weights hold NaN or Inf."""
+    """Compare an artifact's greedy tokens and logits with transformers running the full prompts, or, without
+    --reference, an engine with ONNX Runtime, layer by layer. Exit status 1 if they differ, or if weights hold
+    NaN or Inf."""
     from relay_attention.export.verification import print_report, verify
 
+    if arguments.reference is None:
+        return _compare(arguments)
     report = verify(
         arguments.artifact,
         arguments.reference,
@@ -151,6 +156,25 @@ def _verify(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         threads=arguments.threads,
         progress=True,
+    )
+    print_report(report, arguments.json)
+    return 0 if report.ok else EXIT_MISMATCH
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from relay_attention.errors import BackendError
+    from relay_attention.export.compare import REFERENCE, compare
+    from relay_attention.export.verification import print_report
+
+    if arguments.backend == REFERENCE:
+        raise BackendError("verify needs --reference MODEL to compare with, or another --backend")
+    report = compare(
+        arguments.artifact,
+        arguments.backend,
+        requests=arguments.requests,
+        new_tokens=arguments.new_tokens,
+        tolerance=arguments.tolerance,
+        seed=arguments.seed,
     )
     print_report(report, arguments.json)
     return 0 if report.ok else EXIT_MISMATCH

@@ -96,6 +96,12 @@ class OnnxRuntimeBackend:
         for cache in (*self._keys, *self._values):
             cache[target_row, :, :length] = cache[source_row, :, :length]
 
+    def read_cache(self, row: int, length: int) -> list[tuple[Array, Array]]:
+        """Keys and values [kv_num_heads, length, head_dim] that a slot holds, layer by layer, to compare
+        engines."""
+        pairs = zip(self._keys, self._values, strict=True)
+        return [(keys[row, :, :length].copy(), values[row, :, :length].copy()) for keys, values in pairs]
+
     def set_prefix(self, prefix: PrefixFile) -> None:
         """Binds another prefix, mapped from its file; see `backend.Backend`."""
         if self._manifest.prefix.mode != "input":

@@ -455,3 +455,88 @@ def test_decoder_end_to_end(gpu: Gpu, artifact: Path, monkeypatch: pytest.Monkey
             answers.append([result.token_ids for result in decoder.generate(prompts, params)])
     assert answers[0] == answers[1]
     assert any(launch.startswith("graph") for launch in gpu.launches)
+
+
+def test_compare_with_onnxruntime(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relay_attention.cli import main
+    from relay_attention.export.compare import compare
+    from relay_attention.runtime import cuda, tensorrt_backend
+
+    build(artifact)
+    report = compare(artifact, "tensorrt", requests=5, new_tokens=6)
+    assert report.ok, report.table()
+    assert [layer.ok for layer in report.layers] == [True, True]
+    assert report.layers[0].largest > 0.1
+    assert len(report.requests) == 5
+    assert not gpu.memory
+    assert (
+        main(["verify", str(artifact), "--backend", "tensorrt", "--requests", "3", "--new-tokens", "3"]) == 0
+    )
+    assert main(["verify", str(artifact)]) == 2
+
+    # an engine that errs in the values of layer 1 is caught, and shown where it errs
+    download = cuda.Stream.download
+
+    def wrong(self: Any, array: np.ndarray, address: int) -> None:
+        download(self, array, address)
+        if array.dtype == np.float16:
+            wrong.calls += 1  # type: ignore[attr-defined]
+            if wrong.calls % 4 == 0:  # type: ignore[attr-defined]
+                self.synchronize()
+                array += 1
+
+    wrong.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(tensorrt_backend.cuda.Stream, "download", wrong)
+    report = compare(artifact, "tensorrt", requests=2, new_tokens=3)
+    assert [layer.ok for layer in report.layers] == [True, False]
+    assert not report.ok
+    assert (
+        main(["verify", str(artifact), "--backend", "tensorrt", "--requests", "2", "--new-tokens", "2"]) == 1
+    )
+
+
+def test_build_command(gpu: Gpu, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from relay_attention.cli import main
+
+    assert main(["build", str(artifact), "--max-batch", "6", "--chunk", "16", "--workspace", "64"]) == 0
+    (plan,) = artifact.glob("engine/*.plan")
+    assert capsys.readouterr().out.strip() == str(plan)
+    assert gpu.config.limits == {"WORKSPACE": 64 << 20}  # type: ignore[attr-defined]
+    gpu.devices = 0
+    assert main(["build", str(artifact)]) == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, exported with --target tensorrt before any fake is there."""
+    path = Path(__file__).parents[1] / "export/tiny_models.py"
+    spec = importlib.util.spec_from_file_location("tiny_models", path)
+    assert spec
+    assert spec.loader
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    from relay_attention.export.exporter import export_model
+
+    folder = tmp_path_factory.mktemp("huggingface")
+    source = models.make_model(folder / "llama", models.CONFIGS["llama"]())
+    return export_model(source, "Be kind: ab", folder / "out", precision="fp16", target="tensorrt")
+
+
+def test_exported_for_tensorrt(huggingface: Path, gpu: Gpu, tmp_path: Path) -> None:
+    """The whole way from a Hugging Face model; the plan outlives a new prompt of the same length."""
+    from relay_attention.export.prefix import make_prefix
+
+    folder = copied(huggingface, tmp_path / "out")
+    plan = build(folder)
+    pair = Pair(load(folder), reference(folder), max_batch=4)
+    pair.step(0, [0, 0, 0], [4, 1, 7])
+    pair.step(0, [4, 1, 7], [1, 1, 1])
+    before = Artifact.open(folder).manifest.prefix
+    make_prefix(folder, "Be kind: ba")
+    after = Artifact.open(folder).manifest.prefix
+    assert before.length == after.length
+    assert before.token_ids != after.token_ids
+    Pair(load(folder), reference(folder), max_batch=2).step(0, [0, 0], [3, 4])
+    assert gpu.refits
+    assert build(folder) == plan
