@@ -35,8 +35,7 @@ def add_commands(subparsers: Any) -> None:
         "--target",
         choices=("onnxruntime", "tensorrt"),
         default="onnxruntime",
-        help="tensorrt keeps the graph to what TensorRT 8.6 takes as well; ONNX Runtime runs both
-        (%(default)s)",
+        help="tensorrt keeps the graph to what TensorRT 8.6 takes; ONNX Runtime runs both (%(default)s)",
     )
     export.add_argument(
         "--prefix",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from relay_attention.errors import BackendError, PromptError
 from relay_attention.export import verification
 from relay_attention.runtime.artifact import Artifact

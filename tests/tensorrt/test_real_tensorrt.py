@@ -1,0 +1,114 @@
+"""The real TensorRT's Python package, as far as it goes without a GPU: names, and the plugin in its registry.
+
+TensorRT's Logger and plugin registry work on a machine without a GPU; Builder gives None there and Runtime ends
+the process, so nothing here makes one. Needs `tensorrt`, and the plugin's library named by
+RELAY_ATTENTION_TENSORRT_LIBRARY, or TensorRT's headers to build it against the host's launch interface.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import adapter_host
+import numpy as np
+import pytest
+
+tensorrt = pytest.importorskip("tensorrt", reason="the Python package tensorrt is not installed")
+MAJOR = int(tensorrt.__version__.split(".")[0])
+
+# every name of tensorrt that runtime/tensorrt_backend.py and export/build.py use without asking for it first
+NAMES = {
+    "ICudaEngine": "create_execution_context get_tensor_name num_io_tensors num_optimization_profiles serialize",
+    "IExecutionContext": "execute_async_v3 set_input_shape set_optimization_profile_async set_tensor_address",
+    "Runtime": "deserialize_cuda_engine",
+    "Refitter": "get_missing_weights refit_cuda_engine set_named_weights",
+    "Builder": "build_serialized_network create_builder_config create_network create_optimization_profile",
+    "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache set_flag set_memory_pool_limit "
+    "set_preview_feature set_timing_cache",
+    "INetworkDefinition": "get_input get_layer get_output num_inputs num_layers num_outputs",
+    "IOptimizationProfile": "set_shape",
+    "ITimingCache": "serialize",
+    "OnnxParser": "get_error num_errors parse_from_file",
+    "ParserError": "desc node",
+    "ITensor": "allowed_formats name",
+    "ILayer": "get_output name num_outputs type",
+    "IPluginRegistry": "load_library",
+    "BuilderFlag": "REFIT",
+    "MemoryPoolType": "WORKSPACE",
+    "TensorFormat": "LINEAR",
+    "DataType": "FLOAT",
+    "LayerType": "CAST CONSTANT SHAPE SHUFFLE GATHER CONCATENATION SLICE PLUGIN_V2",
+}
+if MAJOR < 10:
+    NAMES["ILayer"] += " precision set_output_type"
+    NAMES["BuilderFlag"] += " FP16 OBEY_PRECISION_CONSTRAINTS"
+    NAMES["NetworkDefinitionCreationFlag"] = "EXPLICIT_BATCH"
+
+
+@pytest.mark.parametrize("class_name", NAMES)
+def test_names(class_name: str) -> None:
+    missing = [name for name in NAMES[class_name].split() if not hasattr(getattr(tensorrt, class_name), name)]
+    assert not missing, f"tensorrt {tensorrt.__version__}: {class_name} lacks {missing}"
+
+
+def test_logger_can_be_subclassed() -> None:
+    class Logger(tensorrt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            assert severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR)
+
+    assert Logger()
+
+
+@pytest.fixture(scope="module")
+def creator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    library = os.environ.get("RELAY_ATTENTION_TENSORRT_LIBRARY")
+    if not library:
+        headers = [folder for folder in adapter_host.header_folders() if adapter_host.major_of(folder) == MAJOR]
+        cuda = adapter_host.cuda_include()
+        if not headers or not cuda:
+            pytest.skip(f"neither the plugin's library nor TensorRT {MAJOR}'s and CUDA's headers are here")
+        library = str(adapter_host.build(headers[0], cuda, tmp_path_factory.mktemp("plugin"))[0])
+    assert Path(library).is_file()
+    registry = tensorrt.get_plugin_registry()
+    find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator
+    assert find("RelayAttention", "1", "relay") is None
+    handle = registry.load_library(library)
+    assert handle
+    yield find("RelayAttention", "1", "relay")
+    registry.deregister_library(handle)
+    assert find("RelayAttention", "1", "relay") is None
+
+
+def fields(**values: Any) -> Any:
+    made = []
+    for name, value in values.items():
+        real = isinstance(value, float)
+        array = np.array([value], np.float32 if real else np.int32)
+        kind = tensorrt.PluginFieldType.FLOAT32 if real else tensorrt.PluginFieldType.INT32
+        made.append(tensorrt.PluginField(name, array, kind))
+    return tensorrt.PluginFieldCollection(made)
+
+
+def test_registry_finds_the_creator(creator: Any) -> None:
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == ("RelayAttention", "1", "relay")
+    names = {field.name for field in creator.field_names}
+    assert {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary"} <= names
+
+
+@pytest.mark.skipif(MAJOR >= 10, reason="TensorRT 10 creates and serializes V3 plugins itself")
+def test_plugin_through_the_registry(creator: Any) -> None:
+    made = creator.create_plugin("layer.3", fields(num_heads=32, kv_num_heads=8, scale=0.5, do_rotary=1))
+    assert (made.plugin_type, made.plugin_version, made.plugin_namespace) == ("RelayAttention", "1", "relay")
+    assert made.num_outputs == 3
+    data = bytes(made.serialize())
+    assert len(data) == made.serialization_size
+    assert bytes(creator.deserialize_plugin("layer.3", data).serialize()) == data
+    assert bytes(made.clone().serialize()) == data
+    assert creator.create_plugin("bad", fields(num_heads=30, kv_num_heads=8)) is None
+    assert creator.deserialize_plugin("cut", data[:-1]) is None
