@@ -5,8 +5,9 @@
     python scripts/bench_gpu.py --out results --tune     # sweeps the kernel's knobs at a few points
 
 Times are medians of CUDA-event times over replays of a CUDA graph that holds one call for each of several
-input sets (together larger than L2), divided by the sets. Beside each stand the floor, from the bytes and FLOPs
-that must move and this machine's own copy bandwidth and matrix rate, and time / floor. Writes bench_gpu.json, bench_gpu.png.
+input sets (together larger than L2), divided by the sets. Beside each stand the floor, from the bytes and
+FLOPs that must move and this machine's own copy bandwidth and matrix rate, and time / floor. Writes
+bench_gpu.json, bench_gpu.png.
 
 Peers, each with the same keys and values:
   flash / cudnn      torch SDPA over the whole prompt of each request (the queries of a group as rows)
@@ -182,7 +183,8 @@ class Relay:
             context_lens=x.context_lens.data_ptr(), query_lens=x.query_lens.data_ptr(),
             prefix_key=x.prefix[0].data_ptr(), prefix_value=x.prefix[1].data_ptr(), output=output.data_ptr(),
             batch=p.batch, sequence=1, num_heads=p.num_heads,
-            kv_num_heads=p.kv_num_heads, head_dim=p.head_dim, max_context=p.context, prefix_length=p.prefix, local_window_size=-1, dtype=FLOAT16,
+            kv_num_heads=p.kv_num_heads, head_dim=p.head_dim, max_context=p.context,
+            prefix_length=p.prefix, local_window_size=-1, dtype=FLOAT16,
         )  # fmt: skip
 
     def calls(self) -> list[Callable[[], None]]:
