@@ -15,10 +15,9 @@ from relay_attention.export.prefix import bind_empty_prefix, run_bound
 from relay_attention.runtime.artifact import Manifest
 
 TOKENS = 6
-TOLERANCE = {
-    "float32": 1e-2,
-    "float16": 1e-1,
-}  # of the largest logit; a lost state is off by about as much as that
+# norm of the difference relative to that of the logits. Rounding gives 1e-6 in float32 and up to a few
+# percent where activations are quantised to int8; a state that is lost gives tens of percent.
+TOLERANCE = 0.1
 
 
 def check_pieces(session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
@@ -33,14 +32,13 @@ def check_pieces(session: onnxruntime.InferenceSession, manifest: Manifest) -> N
     whole = _Rows(session, manifest, 1).step([tokens])[0]
     pieces = _Rows(session, manifest, 2)
     pieces.step([tokens[:4], tokens[:3]])
-    tolerance = TOLERANCE[manifest.dtype] * max(1.0, float(np.abs(whole).max()))
     for logits in pieces.step([tokens[4:], tokens[3:]]):
-        if not np.allclose(logits, whole, rtol=0, atol=tolerance, equal_nan=True):
+        off = float(np.linalg.norm(logits - whole) / max(np.linalg.norm(whole), 1e-30))
+        if off > TOLERANCE:  # NaN in the weights is for the prefix to find
             raise ExportError(
-                "the rewritten graph gives other logits when the same tokens come in two pieces (off by "
-                f"{np.abs(logits - whole).max():.2g}): the model keeps a state, or counts positions, in a "
-                "way that the "
-                "rewrite does not know"
+                f"the rewritten graph gives other logits when the same tokens come in two pieces (off by "
+                f"{off:.0%}): "
+                "the model keeps a state, or counts positions, in a way that the rewrite does not know"
             )
 
 

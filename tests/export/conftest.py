@@ -93,7 +93,9 @@ def run() -> Run:
         options.intra_op_num_threads = 2
         options.register_custom_ops_library(str(library_path()))
         session = onnxruntime.InferenceSession(
-            ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
         )
         return session.run(None, feeds)
 

@@ -55,7 +55,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     assert found.stdout == "[]\n"
 
 
-def test_a_prefix_needs_neither_torch_nor_transformers(genai_llama: Path, prompt_file: Path, tmp_path: Path) -> None:
+def test_a_prefix_needs_neither_torch_nor_transformers(
+    genai_llama: Path, prompt_file: Path, tmp_path: Path
+) -> None:
     """Nor onnx-ir: the box that serves the model can bake a new prompt."""
     output = tmp_path / "out"
     assert main(["export", str(genai_llama), "--system-prompt", str(prompt_file), "-o", str(output)]) == 0

@@ -39,13 +39,20 @@ def test_the_manifest_says_what_is_in_the_folder(tiny, llama_artifact: Path) -> 
     assert (llama_artifact / "system_prompt.txt").read_text() == tiny.SYSTEM_PROMPT
     graph = onnx.load(llama_artifact / "model.onnx", load_external_data=False).graph
     assert [value.name for value in graph.input][:3] == ["input_ids", "context_lens", "query_lens"]
-    assert {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"} == {
+    assert {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    } == {
         "weights.bin",
         "prefix.bin",
     }
 
 
-def test_weights_are_aligned_and_identified_by_content(tiny, llama: Path, llama_artifact: Path, tmp_path: Path) -> None:
+def test_weights_are_aligned_and_identified_by_content(
+    tiny, llama: Path, llama_artifact: Path, tmp_path: Path
+) -> None:
     graph = onnx.load(llama_artifact / "model.onnx", load_external_data=False).graph
     offsets = [
         int(entry.value)
@@ -152,7 +159,9 @@ def test_damaged_weights_are_named(llama: Path, tmp_path: Path) -> None:
         ("prompt", {"template": "chat"}, "no chat template"),
     ],
 )
-def test_requests_that_cannot_be_met(genai_llama: Path, tmp_path: Path, text: str, options: dict, reason: str) -> None:
+def test_requests_that_cannot_be_met(
+    genai_llama: Path, tmp_path: Path, text: str, options: dict, reason: str
+) -> None:
     with pytest.raises(ExportError, match=reason):
         export_model(genai_llama, text, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +181,9 @@ def test_a_tokenizer_of_another_model_is_refused(genai_llama: Path, tmp_path: Pa
 def test_layers_that_are_no_attention_are_refused(tiny, genai_llama: Path, tmp_path: Path) -> None:
     source = _copy(genai_llama, tmp_path / "model")
     config = (source / "genai_config.json").read_text()
-    (source / "genai_config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (source / "genai_config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
     with pytest.raises(ExportError, match="3 layers, but 2 attentions"):
         export_model(source, "prompt", tmp_path / "out")
 
@@ -201,7 +212,9 @@ def test_a_model_with_a_memory_of_its_own_is_refused(genai_llama: Path, tmp_path
     model.graph.insert_after(embedding, [new_pad, new_add])
     (source / "model.onnx.data").unlink()
     ir.save(model, source / "model.onnx")
-    with pytest.raises(ExportError, match="other logits when the same tokens come in two pieces"):
+    with pytest.raises(
+        ExportError, match=r"other logits when the same tokens come in two pieces \(off by \d\d+%"
+    ):
         export_model(source, "prompt", tmp_path / "out")
 
 

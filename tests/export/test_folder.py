@@ -85,7 +85,10 @@ def test_a_full_disk_is_said_so_and_cleared(tmp_path: Path, code: int) -> None:
 
 
 def test_other_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"weights\.bin: Permission denied"), replace_folder(tmp_path / "out"):
+    with (
+        pytest.raises(ExportError, match=r"weights\.bin: Permission denied"),
+        replace_folder(tmp_path / "out"),
+    ):
         raise PermissionError(errno.EACCES, "Permission denied", "weights.bin")
 
 

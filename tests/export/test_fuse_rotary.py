@@ -11,7 +11,8 @@ HEADS, KV_HEADS, HEAD_DIM, POSITIONS, LENGTH = 2, 1, 16, 32, 6
 # what torch traces for apply_rotary_pos_emb, with `size` dimensions rotated and attention_scaling 0.5
 TEXT = """
 <ir_version: 9, opset_import: ["" : 18, "relay" : 1]>
-graph (float[batch, seq, 32] q, float[batch, seq, 16] k, float[batch, seq, 16] v, int64[batch, seq] position_ids,
+graph (float[batch, seq, 32] q, float[batch, seq, 16] k, float[batch, seq, 16] v, int64[batch, seq]
+position_ids,
        float[batch, 1, max, 16] past_key, float[batch, 1, max, 16] past_value, int32[batch] context_lens,
        int32[batch] query_lens)
    => (float[batch, seq, 32] y, float[batch, 1, max, 16] present_key, float[batch, 1, max, 16] present_value)
@@ -20,8 +21,8 @@ graph (float[batch, seq, 32] q, float[batch, seq, 16] k, float[batch, seq, 16] v
     float scaling = {%(scaling)s}, float[1, 0, 16] prefix_key = {}, float[1, 0, 16] prefix_value = {},
     int64[4] split_q = {0, 0, 2, 16}, int64[4] split_k = {0, 0, 1, 16},
     int64[3] join_q = {0, 0, 32}, int64[3] join_k = {0, 0, 16},
-    float[batch, seq, 2, 16] q4, float[batch, seq, 1, 16] k4, float[batch, 2, seq, 16] qt, float[batch, 1, seq, 16] kt,
-    float[batch, 2, seq, %(size)s] qr, float[batch, 1, seq, %(size)s] kr,
+    float[batch, seq, 2, 16] q4, float[batch, seq, 1, 16] k4, float[batch, 2, seq, 16] qt, float[batch, 1,
+    seq, 16] kt, float[batch, 2, seq, %(size)s] qr, float[batch, 1, seq, %(size)s] kr,
     float[batch, seq, 32] qf, float[batch, seq, 16] kf, float[batch, 1, seq, %(size)s] cos_h,
     float[batch, 1, seq, %(size)s] sin_h> {
   u = Unsqueeze (position_ids, last)

@@ -8,7 +8,8 @@ from relay_attention.export.forms import match
 
 TEXT = """
 <ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
-graph (float[batch, seq, 16] query, float[batch, seq, 8] key, float[batch, seq, 8] value, int32[batch] seqlens_k,
+graph (float[batch, seq, 16] query, float[batch, seq, 8] key, float[batch, seq, 8] value, int32[batch]
+seqlens_k,
        int32[1] total, float[64, 4] cos, float[64, 4] sin, int64[batch, seq] ids, float x)
    => (float[batch, seq, 16] y) {
   [the attention] y = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 1, %s> (%s)

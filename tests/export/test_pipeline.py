@@ -55,7 +55,9 @@ def test_logits_are_those_of_the_source_graph(genai_llama: Path, run) -> None:
         for value in source.graph.inputs
         if value.name.startswith("past_key_values")
     }
-    expected = run(source, input_ids=TOKENS.astype(np.int64), attention_mask=np.ones((2, 8), np.int64), **empty)[0]
+    expected = run(
+        source, input_ids=TOKENS.astype(np.int64), attention_mask=np.ones((2, 8), np.int64), **empty
+    )[0]
     model = load_genai(genai_llama).model
     rewrite(model, all_logits=True)
     lengths = {"context_lens": np.zeros(2, np.int32), "query_lens": np.full(2, 8, np.int32)}

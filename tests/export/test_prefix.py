@@ -93,7 +93,9 @@ def test_a_longer_prompt_makes_the_context_smaller_where_positions_end(artifact:
         (NEW, {"template": "chat"}, "no chat template"),
     ],
 )
-def test_prompts_that_do_not_fit_change_nothing(artifact: Path, text: str, options: dict, reason: str) -> None:
+def test_prompts_that_do_not_fit_change_nothing(
+    artifact: Path, text: str, options: dict, reason: str
+) -> None:
     with pytest.raises(ExportError, match=reason):
         make_prefix(artifact, text, **options)
     Artifact.open(artifact).check_hashes()

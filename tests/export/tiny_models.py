@@ -1,4 +1,5 @@
-"""Models with random weights, small enough to make in a test: Hugging Face folders and genai builds of them."""
+"""Models with random weights, small enough to make in a test: Hugging Face folders and genai builds of
+them."""
 
 from __future__ import annotations
 
@@ -71,7 +72,7 @@ def make_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=300,  # few merges, so that the prompt has many tokens
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
