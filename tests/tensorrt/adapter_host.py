@@ -68,44 +68,34 @@ def major_of(headers: Path) -> int:
 
 
 def build(headers: Path, cuda: Path, folder: Path) -> tuple[Path, Path]:
-    """Compiles plugin and host with warnings as errors; returns the two libraries."""
+    """Compiles plugin and host for one TensorRT, the plugin over launch_on_host.cc; returns the libraries."""
     adapter = "plugin_v2.cc" if major_of(headers) < 10 else "plugin_v3.cc"
-    flags = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    flags += ["-Wno-deprecated-declarations", f"-I{ROOT}", "-isystem", str(headers), "-isystem", str(cuda)]
-    flags += ["-Wl,--no-undefined"]
-    plugin, host = folder / f"plugin{major_of(headers)}.so", folder / f"host{major_of(headers)}.so"
     sources = [
         ROOT / "plugins/tensorrt" / name
         for name in (adapter, "layer.cc", "config.cc", "log.cc", "barrier.cc")
     ]
     sources += [ROOT / "plugins/common/op.cc", HERE / "launch_on_host.cc"]
-    exports = ["-Wl,--exclude-libs,ALL", f"-Wl,--version-script={HERE / 'exports.map'}"]
-    for command in (
-        [
-            *flags,
-            "-static-libstdc++",
-            "-static-libgcc",
-            *exports,
-            *map(str, sources),
-            "-o",
-            str(plugin),
-            "-ldl",
-        ],
-        [*flags, str(HERE / "test_host.cc"), "-o", str(host), "-ldl"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-    return plugin, host
+    options = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+    options += [f"-Wl,--version-script={HERE / 'exports.map'}"]
+    plugin = folder / f"plugin{major_of(headers)}.so"
+    _compile(headers, cuda, sources, plugin, options)
+    return plugin, build_host(headers, cuda, folder)
+
+
+def build_host(headers: Path, cuda: Path, folder: Path) -> Path:
+    """Compiles test_host.cc for one TensorRT."""
+    library = folder / f"host{major_of(headers)}.so"
+    _compile(headers, cuda, [HERE / "test_host.cc"], library, [])
+    return library
+
+
+def _compile(headers: Path, cuda: Path, sources: list[Path], library: Path, options: list[str]) -> None:
+    """A shared library, with warnings as errors."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-deprecated-declarations", f"-I{ROOT}", "-isystem", str(headers), "-isystem", str(cuda)]
+    command = ["g++", *flags, "-Wl,--no-undefined", *options, *map(str, sources), "-o", str(library), "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 class Host:
@@ -121,7 +111,6 @@ class Host:
             getattr(self.library, f"host_{name}").restype = ctypes.c_char_p
         for name in ("serialize", "workspace"):
             getattr(self.library, f"host_{name}").restype = ctypes.c_int64
-        self.plugin_library.host_last_workspace.restype = ctypes.c_size_t
         self.major = self.library.host_tensorrt_major()
         error = ctypes.create_string_buffer(1024)
         self.handle = ctypes.c_void_p(self.library.host_open(str(plugin).encode(), error, 1024))
@@ -222,16 +211,22 @@ class Plugin:
         table, ranks, given = *_shapes(shapes), np.array(types, np.int32)
         return self.call("workspace", len(shapes) - 3, _at(table), _at(ranks), _at(given))
 
-    def enqueue(self, tensors: Sequence[Array], types: Sequence[int], workspace: Array) -> int:
-        """tensors: inputs, then the three outputs. Returns what enqueue returned."""
+    def enqueue(self, tensors: Sequence[Any], types: Sequence[int], workspace: Any, stream: int = 0) -> int:
+        """tensors: inputs, then the three outputs, as arrays or torch tensors. Returns what enqueue
+        returned."""
         table, ranks = _shapes([tensor.shape for tensor in tensors])
         given, inputs = np.array(types, np.int32), len(tensors) - 3
-        addresses = [tensor.ctypes.data for tensor in tensors]
-        return self.call(
-            "enqueue", inputs, _at(table), _at(ranks), _at(given), (ctypes.c_void_p *
-            inputs)(*addresses[:inputs]), (ctypes.c_void_p * 3)(*addresses[inputs:]), _at(workspace),
-            ctypes.c_void_p(0),
-        )  # fmt: skip
+        addresses = [_address(tensor) for tensor in tensors]
+        input_addresses = (ctypes.c_void_p * inputs)(*addresses[:inputs])
+        output_addresses = (ctypes.c_void_p * 3)(*addresses[inputs:])
+        scratch, on = ctypes.c_void_p(_address(workspace)), ctypes.c_void_p(stream)
+        tables = (_at(table), _at(ranks), _at(given))
+        return self.call("enqueue", inputs, *tables, input_addresses, output_addresses, scratch, on)
+
+
+def _address(tensor: Any) -> int:
+    """Of a NumPy array, or of a torch tensor on the GPU."""
+    return int(tensor.data_ptr() if hasattr(tensor, "data_ptr") else tensor.ctypes.data)
 
 
 def _at(array: Array) -> ctypes.c_void_p:

@@ -1,7 +1,7 @@
 """The real TensorRT's Python package, as far as it goes without a GPU: names, and the plugin in its registry.
 
-TensorRT's Logger and plugin registry work on a machine without a GPU; Builder gives None there and Runtime ends
-the process, so nothing here makes one. Needs `tensorrt`, and the plugin's library named by
+TensorRT's Logger and plugin registry work on a machine without a GPU; Builder gives None there and Runtime
+ends the process, so nothing here makes one. Needs `tensorrt`, and the plugin's library named by
 RELAY_ATTENTION_TENSORRT_LIBRARY, or TensorRT's headers to build it against the host's launch interface.
 """
 
@@ -21,12 +21,14 @@ MAJOR = int(tensorrt.__version__.split(".")[0])
 
 # every name of tensorrt that runtime/tensorrt_backend.py and export/build.py use without asking for it first
 NAMES = {
-    "ICudaEngine": "create_execution_context get_tensor_name num_io_tensors num_optimization_profiles serialize",
+    "ICudaEngine": "create_execution_context get_tensor_name num_io_tensors num_optimization_profiles "
+    "serialize",
     "IExecutionContext": "execute_async_v3 set_input_shape set_optimization_profile_async set_tensor_address",
     "Runtime": "deserialize_cuda_engine",
     "Refitter": "get_missing_weights refit_cuda_engine set_named_weights",
     "Builder": "build_serialized_network create_builder_config create_network create_optimization_profile",
-    "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache set_flag set_memory_pool_limit "
+    "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache set_flag "
+    "set_memory_pool_limit "
     "set_preview_feature set_timing_cache",
     "INetworkDefinition": "get_input get_layer get_output num_inputs num_layers num_outputs",
     "IOptimizationProfile": "set_shape",
@@ -42,7 +44,7 @@ NAMES = {
     "DataType": "FLOAT",
     "LayerType": "CAST CONSTANT SHAPE SHUFFLE GATHER CONCATENATION SLICE PLUGIN_V2",
 }
-if MAJOR < 10:
+if MAJOR < 10:  # networks are not typed
     NAMES["ILayer"] += " precision set_output_type"
     NAMES["BuilderFlag"] += " FP16 OBEY_PRECISION_CONSTRAINTS"
     NAMES["NetworkDefinitionCreationFlag"] = "EXPLICIT_BATCH"
@@ -69,7 +71,9 @@ def test_logger_can_be_subclassed() -> None:
 def creator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     library = os.environ.get("RELAY_ATTENTION_TENSORRT_LIBRARY")
     if not library:
-        headers = [folder for folder in adapter_host.header_folders() if adapter_host.major_of(folder) == MAJOR]
+        headers = [
+            folder for folder in adapter_host.header_folders() if adapter_host.major_of(folder) == MAJOR
+        ]
         cuda = adapter_host.cuda_include()
         if not headers or not cuda:
             pytest.skip(f"neither the plugin's library nor TensorRT {MAJOR}'s and CUDA's headers are here")
@@ -96,7 +100,11 @@ def fields(**values: Any) -> Any:
 
 
 def test_registry_finds_the_creator(creator: Any) -> None:
-    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == ("RelayAttention", "1", "relay")
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == (
+        "RelayAttention",
+        "1",
+        "relay",
+    )
     names = {field.name for field in creator.field_names}
     assert {"num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary"} <= names
 

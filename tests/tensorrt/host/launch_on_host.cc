@@ -16,7 +16,6 @@ namespace {
 
 int live_allocations = 0;
 int launches_with_barrier = 0;
-size_t last_workspace = 0;
 
 // float16 or bfloat16 at an index
 float Load(const void* data, size_t index, relay::cuda::DataType type) {
@@ -154,7 +153,6 @@ Status launch(const RelayParams& p, const RelayTuning&, void* workspace, size_t 
     return Refuse(Status::kWorkspaceTooSmall, message, size, "the workspace is too small");
   }
   std::memset(workspace, 0xAB, workspace_size);  // writes all it was promised, so that a short one shows
-  last_workspace = workspace_size;
   if (barrier) {
     ++launches_with_barrier;
     for (size_t i = 0; i < kBarrierBytes; ++i) {
@@ -188,7 +186,6 @@ extern "C" {
 // Hidden with everything else in the library, except for these counters, which the tests read.
 __attribute__((visibility("default"))) int host_live_allocations() { return live_allocations; }
 __attribute__((visibility("default"))) int host_launches_with_barrier() { return launches_with_barrier; }
-__attribute__((visibility("default"))) size_t host_last_workspace() { return last_workspace; }
 
 cudaError_t cudaMalloc(void** pointer, size_t size) {
   *pointer = std::malloc(size);
