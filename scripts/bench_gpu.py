@@ -395,7 +395,7 @@ def tune(library: CudaLibrary, point: Point) -> list[dict[str, Any]]:
     inputs = [Inputs(point, seed) for seed in range(sets_for(point.bytes))]
     found = []
     for rows, blocks, depth, prefetch, costs in itertools.product(
-        (16, 64), (1, 2, 3), (3, 4, 5, 6), (-1, 16, 40), ((1, 1), (2, 1), (1, 2))
+        (16, 64, 128), (1, 2, 3), (3, 4, 5, 6), (-1, 16, 40), ((1, 1), (2, 1), (1, 2))
     ):
         tuning = Tuning(
             prefix_rows=rows, blocks_per_sm=blocks, pipeline_depth=depth, l2_prefetch_mb=prefetch,

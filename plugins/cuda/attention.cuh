@@ -320,31 +320,45 @@ class Attention {
 
   // ---- attend ----
   // `blocks` key blocks of one tile, from tile.block on. Of kTileRows rows, four warps take a quarter each
-  // and all keys (64 rows), or all rows and a quarter of each block's keys (16 rows).
+  // and all keys (64 and 128 rows), or all rows and a quarter of each block's keys (16 rows).
   template <int kTileRows>
   __device__ __forceinline__ void attend(const Tile& tile, int blocks, bool is_head) {
     constexpr int kKeyWarps = kTileRows == 16 ? kWarps : 1;
     constexpr int kKeys = kBlockKeys / kKeyWarps;
+    constexpr int kBands =
+        kTileRows < 128 ? 1 : kTileRows / 64;  // of 16 rows, of each warp: they share what it reads
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row0 = kKeyWarps == 1 ? warp * 16 : 0;
+    const int row0 = kKeyWarps == 1 ? warp * 16 * kBands : 0;
     const int key0 = kKeyWarps == 1 ? 0 : warp * kKeys;
 
     // No barrier needed in front: every thread has passed one since it last read the queries of the tile
     // before.
     load_queries<kTileRows>(tile);
     __syncthreads();
-    const int low[2] = {row_low()[row0 + lane / 4], row_low()[row0 + lane / 4 + 8]};
-    const int high[2] = {row_high()[row0 + lane / 4], row_high()[row0 + lane / 4 + 8]};
+    int low[kBands][2], high[kBands][2];
+#pragma unroll
+    for (int m = 0; m < kBands; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        low[m][r] = row_low()[row0 + m * 16 + lane / 4 + r * 8];
+        high[m][r] = row_high()[row0 + m * 16 + lane / 4 + r * 8];
+      }
 
     const SharedAddress queries = shared_address(query_tile());
     const bool capped = p.softcap > 0;
     // exp(score) = 2^(factor * s), s being the product or, capped, the whole score.
     const float factor = capped ? kLog2e : p.scale * kLog2e;
     const float cap_slope = capped ? 2 * kLog2e * p.scale / p.softcap : 0;
-    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    float output[kHeadDim / 8][4];
+    float maximum[kBands][2], sum[kBands][2];
+    float output[kBands][kHeadDim / 8][4];
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) output[n][0] = output[n][1] = output[n][2] = output[n][3] = 0;
+    for (int m = 0; m < kBands; ++m) {
+      maximum[m][0] = maximum[m][1] = -INFINITY;
+      sum[m][0] = sum[m][1] = 0;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n)
+        output[m][n][0] = output[m][n][1] = output[m][n][2] = output[m][n][3] = 0;
+    }
 
     for (int block = tile.block; block < tile.block + blocks; ++block) {
       // scores = queries * keys^T
@@ -356,68 +370,81 @@ class Attention {
           __syncthreads();
         }
       }
-      float score[kKeys / 8][4];
+      float score[kBands][kKeys / 8][4];
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) score[n][0] = score[n][1] = score[n][2] = score[n][3] = 0;
+      for (int m = 0; m < kBands; ++m)
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+          score[m][n][0] = score[m][n][1] = score[m][n][2] = score[m][n][3] = 0;
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
-        uint32_t q[4];
-        load_matrix_x4(q, queries + chunk_offset<kHeadDim>(row0 + lane % 16, k * 2 + lane / 16));
+        uint32_t q[kBands][4];
+#pragma unroll
+        for (int m = 0; m < kBands; ++m)
+          load_matrix_x4(q[m],
+                         queries + chunk_offset<kHeadDim>(row0 + m * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t keys[4];
           load_matrix_x4(keys, buffer + chunk_offset<kHeadDim>(key0 + n * 16 + lane % 8 + lane / 16 * 8,
                                                                k * 2 + lane / 8 % 2));
-          multiply_accumulate<T>(score[2 * n], q, keys[0], keys[1]);
-          multiply_accumulate<T>(score[2 * n + 1], q, keys[2], keys[3]);
+#pragma unroll
+          for (int m = 0; m < kBands; ++m) {
+            multiply_accumulate<T>(score[m][2 * n], q[m], keys[0], keys[1]);
+            multiply_accumulate<T>(score[m][2 * n + 1], q[m], keys[2], keys[3]);
+          }
         }
       }
 
       // online softmax
-      if (capped) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            // tanh(x) = 1 - 2 / (e^2x + 1)
-            score[n][i] = p.softcap - __fdividef(2 * p.softcap, exp2_fast(score[n][i] * cap_slope) + 1);
-          }
-      }
+      uint32_t weights[kBands][kKeys / 8][2];
       const int first_key = block * kBlockKeys + key0;
-      if (first_key < max(low[0], low[1]) || first_key + kKeys - 1 > min(high[0], high[1])) {
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
+      for (int m = 0; m < kBands; ++m) {
+        if (capped) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
-            if (key < low[i / 2] || key > high[i / 2]) score[n][i] = -INFINITY;
-          }
-      }
-      uint32_t weights[kKeys / 8][2];
+          for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float block_maximum = maximum[r];
+            for (int i = 0; i < 4; ++i) {
+              // tanh(x) = 1 - 2 / (e^2x + 1)
+              const float power = exp2_fast(score[m][n][i] * cap_slope);
+              score[m][n][i] = p.softcap - __fdividef(2 * p.softcap, power + 1);
+            }
+        }
+        if (first_key < max(low[m][0], low[m][1]) || first_key + kKeys - 1 > min(high[m][0], high[m][1])) {
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
-          block_maximum = fmaxf(block_maximum, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
-        block_maximum = fmaxf(block_maximum, __shfl_xor_sync(kAllLanes, block_maximum, 1));
-        block_maximum = fmaxf(block_maximum, __shfl_xor_sync(kAllLanes, block_maximum, 2));
-        // No key seen yet: subtract 0, so that 2^(-inf - 0) = 0 and not NaN.
-        const float shift = block_maximum == -INFINITY ? 0 : block_maximum * factor;
-        const float decay = exp2_fast(maximum[r] * factor - shift);
-        maximum[r] = block_maximum;
-        sum[r] *= decay;
+          for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          const float w0 = exp2_fast(score[n][2 * r] * factor - shift);
-          const float w1 = exp2_fast(score[n][2 * r + 1] * factor - shift);
-          sum[r] += w0 + w1;
-          weights[n][r] = T::pack(w0, w1);
+            for (int i = 0; i < 4; ++i) {
+              const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
+              if (key < low[m][i / 2] || key > high[m][i / 2]) score[m][n][i] = -INFINITY;
+            }
         }
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          output[n][2 * r] *= decay;
-          output[n][2 * r + 1] *= decay;
+        for (int r = 0; r < 2; ++r) {
+          float block_maximum = maximum[m][r];
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n)
+            block_maximum = fmaxf(block_maximum, fmaxf(score[m][n][2 * r], score[m][n][2 * r + 1]));
+          block_maximum = fmaxf(block_maximum, __shfl_xor_sync(kAllLanes, block_maximum, 1));
+          block_maximum = fmaxf(block_maximum, __shfl_xor_sync(kAllLanes, block_maximum, 2));
+          // No key seen yet: subtract 0, so that 2^(-inf - 0) = 0 and not NaN.
+          const float shift = block_maximum == -INFINITY ? 0 : block_maximum * factor;
+          const float decay = exp2_fast(maximum[m][r] * factor - shift);
+          maximum[m][r] = block_maximum;
+          sum[m][r] *= decay;
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+            const float w0 = exp2_fast(score[m][n][2 * r] * factor - shift);
+            const float w1 = exp2_fast(score[m][n][2 * r + 1] * factor - shift);
+            sum[m][r] += w0 + w1;
+            weights[m][n][r] = T::pack(w0, w1);
+          }
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 8; ++n) {
+            output[m][n][2 * r] *= decay;
+            output[m][n][2 * r + 1] *= decay;
+          }
         }
       }
 
@@ -425,25 +452,20 @@ class Attention {
       buffer = next_buffer();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k) {
-        const uint32_t w[4] = {weights[2 * k][0], weights[2 * k][1], weights[2 * k + 1][0],
-                               weights[2 * k + 1][1]};
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t values[4];
           load_matrix_x4_transposed(
               values, buffer + chunk_offset<kHeadDim>(key0 + k * 16 + lane % 16, n * 2 + lane / 16));
-          multiply_accumulate<T>(output[2 * n], w, values[0], values[1]);
-          multiply_accumulate<T>(output[2 * n + 1], w, values[2], values[3]);
+#pragma unroll
+          for (int m = 0; m < kBands; ++m) {
+            const uint32_t w[4] = {weights[m][2 * k][0], weights[m][2 * k][1], weights[m][2 * k + 1][0],
+                                   weights[m][2 * k + 1][1]};
+            multiply_accumulate<T>(output[m][2 * n], w, values[0], values[1]);
+            multiply_accumulate<T>(output[m][2 * n + 1], w, values[2], values[3]);
+          }
         }
       }
-    }
-
-    float lse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
-      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
-      lse[r] = maximum[r] == -INFINITY ? -INFINITY : maximum[r] * factor + log2f(sum[r]);
     }
 
     float* partial_output;
@@ -459,21 +481,32 @@ class Attention {
       partial_lse = a.tail_lse + row;
     }
 
-    if constexpr (kKeyWarps == 1) {
+#pragma unroll
+    for (int m = 0; m < kBands; ++m) {
+      float lse[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = row0 + lane / 4 + r * 8;
-        if (row >= tile.rows) continue;
-        const float inverse = sum[r] == 0 ? 0 : 1 / sum[r];
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          float2* target = reinterpret_cast<float2*>(partial_output + row * kHeadDim + n * 8 + lane % 4 * 2);
-          *target = make_float2(output[n][2 * r] * inverse, output[n][2 * r + 1] * inverse);
-        }
-        if (lane % 4 == 0) partial_lse[row] = lse[r];
+        sum[m][r] += __shfl_xor_sync(kAllLanes, sum[m][r], 1);
+        sum[m][r] += __shfl_xor_sync(kAllLanes, sum[m][r], 2);
+        lse[r] = maximum[m][r] == -INFINITY ? -INFINITY : maximum[m][r] * factor + log2f(sum[m][r]);
       }
-    } else {
-      sum_over_warps(tile, output, sum, lse, partial_output, partial_lse);
+      if constexpr (kKeyWarps == 1) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = row0 + m * 16 + lane / 4 + r * 8;
+          if (row >= tile.rows) continue;
+          const float inverse = sum[m][r] == 0 ? 0 : 1 / sum[m][r];
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 8; ++n) {
+            float2* target =
+                reinterpret_cast<float2*>(partial_output + row * kHeadDim + n * 8 + lane % 4 * 2);
+            *target = make_float2(output[m][n][2 * r] * inverse, output[m][n][2 * r + 1] * inverse);
+          }
+          if (lane % 4 == 0) partial_lse[row] = lse[r];
+        }
+      } else {
+        sum_over_warps(tile, output[m], sum[m], lse, partial_output, partial_lse);
+      }
     }
   }
 

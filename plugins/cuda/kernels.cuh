@@ -12,8 +12,12 @@ Kernels kernels_of(int prefix_rows, int context_rows) {
                   reference_attention_kernel<T, kHeadDim / 32>};
   if (context_rows == 64)
     kernels.attention = attention_kernel<T, kHeadDim, 64, 64>;
-  else if (prefix_rows == 64)
+  else if (prefix_rows >= 64)
     kernels.attention = attention_kernel<T, kHeadDim, 64, 16>;
+  if constexpr (kHeadDim <= kMaxWideHeadDim) {
+    if (prefix_rows == 128 && context_rows == 64) kernels.attention = attention_kernel<T, kHeadDim, 128, 64>;
+    if (prefix_rows == 128 && context_rows == 16) kernels.attention = attention_kernel<T, kHeadDim, 128, 16>;
+  }
   return kernels;
 }
 

@@ -132,7 +132,7 @@ int tokens_per_launch(const RelayParams& p, int requested) {
 
 WorkspaceLayout workspace_layout(const RelayParams& p, int tokens, int grid) {
   const size_t rows = size_t{2} * tokens * p.num_heads;
-  const size_t tails = static_cast<size_t>(grid) * 64;
+  const size_t tails = static_cast<size_t>(grid) * (p.head_dim <= kMaxWideHeadDim ? 128 : 64);
   WorkspaceLayout layout{};
   layout.head_lse = align_up(rows * p.head_dim * 4);
   layout.tail_output = layout.head_lse + align_up(rows * 4);
@@ -162,19 +162,22 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   const int64_t rows = int64_t{p.batch} * p.sequence * group;
   plan->tokens_per_launch = tokens_per_launch(p, tuning.tokens_per_launch);
   plan->launches = static_cast<int>(divide_up(int64_t{p.batch} * p.sequence, plan->tokens_per_launch));
-  // A request's own rows fill 16 while decoding; a chunk of a prompt fills more.
-  plan->context_rows =
-      tuning.context_rows > 0 ? tuning.context_rows : (int64_t{p.sequence} * group <= 16 ? 16 : 64);
-  plan->prefix_rows = tuning.prefix_rows > 0 ? tuning.prefix_rows : (rows <= 16 ? 16 : 64);
-  if (plan->context_rows > plan->prefix_rows) plan->prefix_rows = plan->context_rows;
-
-  plan->append_before = plan->context_rows == 64 && p.rotary_dim > 0;
+  // A request's own rows fill 16 while decoding; a chunk of a prompt fills more. The wider a prefix tile, the
+  // less often shared memory is read for each product; the narrower, the more tiles there are to share out.
+  plan->context_rows = int64_t{p.sequence} * group <= 16 ? 16 : 64;
+  if (tuning.context_rows > 0) plan->context_rows = tuning.context_rows <= 16 ? 16 : 64;
+  plan->prefix_rows = rows <= 16 ? 16 : (rows < 256 ? 64 : 128);
+  if (tuning.prefix_rows > 0)
+    plan->prefix_rows = tuning.prefix_rows <= 16 ? 16 : (tuning.prefix_rows <= 64 ? 64 : 128);
+  if (p.head_dim > kMaxWideHeadDim) plan->prefix_rows = std::min(plan->prefix_rows, 64);
+  plan->prefix_rows = std::max(plan->prefix_rows, plan->context_rows);
 
   const auto bytes = [&](int depth) {
     return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch,
                         plan->tokens_per_launch);
   };
   const size_t reserved = 1024;  // the driver keeps so much of each block's shared memory for itself
+  if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = std::min(plan->prefix_rows, 64);
   if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = plan->context_rows = 16;
   if (bytes(2) > device.shared_bytes_per_block)
     return fail(Status::kUnsupported, message, size,
@@ -198,6 +201,7 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
       while (depth > 2 && bytes(depth) > device.shared_bytes_per_block) --depth;
     }
   }
+  plan->append_before = plan->context_rows == 64 && p.rotary_dim > 0;
   plan->depth = depth;
   plan->shared_bytes = bytes(depth);
   plan->grid = device.sm_count * std::max(1, resident(depth));
@@ -229,7 +233,7 @@ KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int ind
   a.prefix_cost = plan.prefix_cost;
   a.context_cost = plan.context_cost;
   a.depth = plan.depth;
-  a.tail_rows = 64;
+  a.tail_rows = plan.prefix_rows;
   a.appended_before = plan.append_before;
   a.l2_prefetch_bytes = index == 0 ? plan.l2_prefetch_bytes : 0;
   a.head_output = reinterpret_cast<float*>(base + layout.head_output);

@@ -12,7 +12,8 @@ constexpr int kBlockKeys =
 constexpr int kMaxBatch = 1024;
 constexpr int kMaxTokensPerLaunch = 1024;
 constexpr int kMaxDepth = 6;
-constexpr int kMaxBlocksPerSm = 4;
+constexpr int kMaxBlocksPerSm = 3;
+constexpr int kMaxWideHeadDim = 128;  // beyond it, a prefix tile of 128 rows does not fit the registers
 
 // What the kernel receives by value.
 struct KernelArguments {

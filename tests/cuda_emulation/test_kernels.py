@@ -122,6 +122,7 @@ CASES = {
     "prefill, window": Case(sequence=40, context_lens=(5, 30), query_lens=(40, 39), local_window_size=20),
     "prefill, head_dim 128": Case(sequence=20, context_lens=(5, 60, 7), query_lens=(20, 19, 1), head_dim=128,
                                   dtype=BFLOAT16, rotary_dim=128, kv_num_heads=1),
+    "wide tiles, bfloat16": Case(head_dim=128, group=8, kv_num_heads=1, context_lens=(7,) * 34, dtype=BFLOAT16),
     "prefill, head_dim 256": Case(sequence=20, context_lens=(5, 60), query_lens=(20, 19), head_dim=256,
                                   group=1),
     "prefill, head_dim 192 and 7 heads": Case(sequence=11, context_lens=(5, 60), head_dim=192, group=7,
@@ -156,9 +157,11 @@ def test_any_split_of_the_work(emulation: Emulation, sm_count: int, costs: tuple
     check(emulation, case, sm_count=sm_count, prefix_cost=costs[0], context_cost=costs[1])
 
 
-@pytest.mark.parametrize("rows", [(16, 16), (64, 16), (64, 64)])
+@pytest.mark.parametrize("rows", [(16, 16), (64, 16), (128, 16), (64, 64), (128, 64)])
 def test_every_tile_size_serves_every_call(emulation: Emulation, rows: tuple[int, int]) -> None:
-    for case in (CASES["group of 7"], CASES["prefill, ragged"], CASES["group of 24"]):
+    many = Case(group=8, kv_num_heads=1, context_lens=tuple(range(0, 78, 3)), head_dim=96, prefix_length=200)
+    window = replace(CASES["prefill, ragged"], local_window_size=33, prefix_length=150, softcap=9.0)
+    for case in (CASES["group of 7"], CASES["prefill, ragged"], CASES["group of 24"], many, window):
         check(emulation, case, prefix_rows=rows[0], context_rows=rows[1])
 
 

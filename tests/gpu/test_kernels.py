@@ -144,7 +144,7 @@ def test_two_runs_are_bit_identical(library: CudaLibrary, case: Case) -> None:
             assert np.array_equal(got, want)
 
 
-@pytest.mark.parametrize("rows", [(16, 16), (64, 16), (64, 64)])
+@pytest.mark.parametrize("rows", [(16, 16), (64, 16), (128, 16), (64, 64), (128, 64)])
 @pytest.mark.parametrize("depth", [2, 3, 4, 6])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_every_tuning_computes_the_same(
