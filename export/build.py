@@ -238,8 +238,8 @@ def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:
     model = artifact.file(MODEL_NAME).resolve()
     if not parser.parse_from_file(str(model)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        shown = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors[:5])
-        raise ExportError(f"{model}: TensorRT's parser refuses it: {shown or logger.take()}")
+        shown = [f"node {error.node()}: {error.desc()}" for error in errors[:5]]
+        raise ExportError(f"{model}: TensorRT's parser refuses it: {'; '.join([*shown, logger.take()])}")
     linear = 1 << int(trt.TensorFormat.LINEAR)
     for index in range(network.num_inputs):
         network.get_input(index).allowed_formats = linear
