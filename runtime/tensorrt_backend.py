@@ -214,6 +214,7 @@ class TensorRTBackend:
         logits_rows = rows if self._manifest.logits == "last" else tokens
         self._logits = cuda.DeviceBuffer(logits_rows * geometry.vocab_size * 4)
         self._host_logits = cuda.PinnedArray(max_batch * geometry.vocab_size, np.float32)
+        self._host_logits.array[:] = 0.0  # idle rows are never written
 
     def step(self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32) -> None:
         """Enqueues the engine and waits for it; see `backend.Backend`.
