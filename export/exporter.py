@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -114,7 +115,9 @@ def export_model(
             files=entries,
         )
         _check_tokens(manifest)
-        del loaded  # the weights are in the folder now; the prefix is computed from there
+        # the weights are in the folder now; the prefix is computed from there
+        _release_weights(loaded.model)
+        del loaded
         bake_prefix(
             folder,
             manifest,
@@ -251,6 +254,13 @@ def _write_model(model: ir.Model, folder: Path, progress: bool) -> None:
             align_threshold=_WEIGHT_ALIGNMENT,
             callback=advance,
         )
+
+
+def _release_weights(model: ir.Model) -> None:
+    """Frees the weights' memory; onnxscript's rewrite rules keep the last graph they saw."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    gc.collect()
 
 
 def _model_id(folder: Path, entries: dict[str, FileEntry]) -> str:

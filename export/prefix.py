@@ -38,6 +38,7 @@ from relay_attention.runtime.text import SystemPrompt, Tokenizer
 
 CHUNK = 512
 DEFAULT_MAX_CONTEXT = 4096
+_COPYING_OPTIMIZERS = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 _SCRATCH_MODEL = "empty_prefix.onnx"
 
 
@@ -297,20 +298,23 @@ def bind_empty_prefix(binding: onnxruntime.IOBinding, manifest: Manifest) -> Non
             binding.bind_cpu_input(name.format(layer=layer), empty)
 
 
-def open_session(
-    model: Path, threads: int | None = None, prepack: bool = False
-) -> onnxruntime.InferenceSession:
-    """A CPU session with the RelayAttention library; weights are mapped and, by default, not copied into
-    packed form."""
+def open_session(model: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A CPU session with the RelayAttention library that holds no copy of the weights.
+
+    They are mapped. ONNX Runtime would pack them for its matrix products, and compute float16 in float32 with
+    weights that are converted once and kept; here they are converted when they are used.
+    Raises: BackendError if it cannot be made.
+    """
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     options.enable_cpu_mem_arena = False
-    if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_COPYING_OPTIMIZERS
+        )
     except Exception as error:  # onnxruntime raises many kinds
         raise BackendError(f"{model}: ONNX Runtime cannot load the graph: {error}") from error
 

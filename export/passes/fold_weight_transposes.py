@@ -42,6 +42,7 @@ class FoldWeightTransposes(ir.passes.InPlacePass):
                 user.outputs[0].replace_all_uses_with(folded)
                 model.graph.remove(user, safe=True)
             del model.graph.initializers[weight.name]
+            weight.const_value = None  # others may keep the value; its memory is the new one's
             model.graph.register_initializer(folded)
             modified = True
         return ir.passes.PassResult(model, modified)
