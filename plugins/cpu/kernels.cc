@@ -29,8 +29,6 @@
 #endif
 
 namespace relay::cpu {
-inline constexpr int kBlockKeys = 64;  // keys whose scores are held at a time
-
 // One thread's scratch. Sizes serve every instruction set: rows are padded to 16 floats.
 struct Workspace {
   Workspace(float* memory, int64_t head_dim) {
@@ -71,7 +69,7 @@ namespace relay::cpu {
 namespace HWY_NAMESPACE {
 
 // From so many rows on the wide kernel is the faster one (measured, docs/performance.md).
-inline constexpr int kMinWideRows = kLanes >= 16 ? 9 : kLanes >= 8 ? 7 : 4;
+inline constexpr int kMinWideRows = kLanes >= 16 ? 13 : kLanes >= 8 ? 7 : 8;
 
 // Writes the states of a unit's rows, o [rows, stride], to its slot, or the finished rows to the output.
 template <typename T>

@@ -51,35 +51,48 @@ HWY_INLINE Vec LoadRow(const float* row, int64_t i, int64_t head_dim) {
   return hn::MaskedLoad(hn::FirstN(lanes, static_cast<size_t>(head_dim - i)), lanes, row + i);
 }
 
-// scores[row][key] for kRows rows and four keys whose rows begin at key[0..3].
-template <int kRows>
-HWY_INLINE void ScoreFour(const NarrowRows& rows, int64_t first_row, const float* const (&key)[4], float* scores) {
+// scores[row][key] for kRows rows and kKeys consecutive keys; kKeys is 4, or 1 for what is left over.
+template <int kRows, int kKeys>
+HWY_INLINE void ScoreFew(const NarrowRows& rows, const float* HWY_RESTRICT query, const float* HWY_RESTRICT key,
+                         float* HWY_RESTRICT scores) {
   const Lanes lanes;
-  Vec acc[kRows][4];
+  const int64_t head_dim = rows.head_dim;
+  const int64_t stride = rows.stride;
+  Vec acc[kRows][kKeys];
   RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
-    RELAY_UNROLL for (int k = 0; k < 4; ++k) acc[r][k] = hn::Zero(lanes);
+    RELAY_UNROLL for (int k = 0; k < kKeys; ++k) acc[r][k] = hn::Zero(lanes);
   }
-  const float* query = rows.query + first_row * rows.stride;
   const auto add = [&](auto partial, int64_t i) HWY_ATTR {
-    Vec k4[4];
-    RELAY_UNROLL for (int k = 0; k < 4; ++k) k4[k] = LoadRow<partial()>(key[k], i, rows.head_dim);
+    Vec keys[kKeys];
+    RELAY_UNROLL for (int k = 0; k < kKeys; ++k) keys[k] = LoadRow<partial()>(key + k * head_dim, i, head_dim);
     RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec q = hn::Load(lanes, query + r * rows.stride + i);
-      RELAY_UNROLL for (int k = 0; k < 4; ++k) acc[r][k] = hn::MulAdd(q, k4[k], acc[r][k]);
+      const Vec q = hn::Load(lanes, query + r * stride + i);
+      RELAY_UNROLL for (int k = 0; k < kKeys; ++k) acc[r][k] = hn::MulAdd(q, keys[k], acc[r][k]);
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= rows.head_dim; i += kLanes) add(std::false_type(), i);
-  if (i < rows.head_dim) add(std::true_type(), i);
-  const hn::FixedTag<float, 4> four;
+  for (; i + kLanes <= head_dim; i += kLanes) add(std::false_type(), i);
+  if (i < head_dim) add(std::true_type(), i);
   RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
-    hn::StoreU(SumLanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]), four, scores + r * kBlockKeys);
+    if constexpr (kKeys == 4) {
+      hn::StoreU(SumLanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]), hn::FixedTag<float, 4>(),
+                 scores + r * kBlockKeys);
+    } else {
+      scores[r * kBlockKeys] = hn::GetLane(hn::SumOfLanes(lanes, acc[r][0]));
+    }
   }
+}
+
+template <int kRows>
+HWY_NOINLINE void ScoreNarrow(const NarrowRows& rows, const float* query, const float* key, int64_t count) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) ScoreFew<kRows, 4>(rows, query, key + k * rows.head_dim, rows.scores + k);
+  for (; k < count; ++k) ScoreFew<kRows, 1>(rows, query, key + k * rows.head_dim, rows.scores + k);
 }
 
 // o[row][i..] += sum over keys of weights[row][key] * value[key][i..], for kRows rows and kVecs vectors.
 template <int kRows, int kVecs, bool kPartial>
-HWY_INLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, const float* HWY_RESTRICT value,
+HWY_NOINLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, const float* HWY_RESTRICT value,
                                 int64_t count, int64_t i, const float* HWY_RESTRICT weights) {
   const Lanes lanes;
   float* HWY_RESTRICT o = rows.o + first_row * rows.stride + i;
@@ -103,7 +116,7 @@ HWY_INLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, const
 }
 
 // Scores of one row become weights, in place; returns by how much the row's o has to be rescaled.
-HWY_INLINE float OnlineSoftmaxRow(const NarrowRows& rows, int64_t row, int64_t first, int64_t count, float cap,
+HWY_NOINLINE float OnlineSoftmaxRow(const NarrowRows& rows, int64_t row, int64_t first, int64_t count, float cap,
                                   float* scores) {
   const Lanes lanes;
   const float minus_infinity = -std::numeric_limits<float>::infinity();
@@ -139,11 +152,7 @@ template <int kRows>
 HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const float* key, const float* value,
                             int64_t first, int64_t count, float cap) {
   const int64_t head_dim = rows.head_dim;
-  for (int64_t k = 0; k < count; k += 4) {
-    const float* four[4];
-    for (int j = 0; j < 4; ++j) four[j] = key + HWY_MIN(k + j, count - 1) * head_dim;  // the last key fills up
-    ScoreFour<kRows>(rows, first_row, four, rows.scores + k);
-  }
+  ScoreNarrow<kRows>(rows, rows.query + first_row * rows.stride, key, count);
   const Lanes lanes;
   for (int r = 0; r < kRows; ++r) {
     const float rescale =

@@ -129,13 +129,14 @@ class Planner {
       const int32_t splits = static_cast<int32_t>(
           std::clamp<int64_t>(splits_, keys.size() > 0 ? 1 : 0, (keys.size() + kMinSplitKeys - 1) / kMinSplitKeys));
       merge.splits = splits;
+      const int32_t blocks = (keys.size() + kBlockKeys - 1) / kBlockKeys;
       tiles.emplace_back();
       for (int32_t split = 0; split < splits; ++split) {
         Unit unit;
         unit.first_row = first;
         unit.rows = merge.rows;
-        unit.prefix_begin = keys.begin + static_cast<int32_t>(int64_t{keys.size()} * split / splits);
-        unit.prefix_end = keys.begin + static_cast<int32_t>(int64_t{keys.size()} * (split + 1) / splits);
+        unit.prefix_begin = keys.begin + blocks * split / splits * kBlockKeys;
+        unit.prefix_end = std::min(keys.begin + blocks * (split + 1) / splits * kBlockKeys, keys.end);
         unit.slot = AddSlot(merge.rows);
         if (split == 0) merge.slot = unit.slot;
         tiles.back().push_back(unit);

@@ -9,10 +9,11 @@
 
 namespace relay::cpu {
 
-inline constexpr int kTileRows = 64;       // query rows of one tile: they share each key and value that is read
-inline constexpr int kMinSplitKeys = 256;  // prefix keys of one unit, at least, where the prefix is split
-inline constexpr int kContextKeys = 512;   // context keys of one unit, at most, where contexts are split
-inline constexpr int kTargetTiles = 64;    // the prefix is split until there are so many units
+inline constexpr int kTileRows = 64;   // query rows of one tile: they share each key and value that is read
+inline constexpr int kBlockKeys = 96;  // keys whose scores are held at a time
+inline constexpr int kMinSplitKeys = 2 * kBlockKeys;  // prefix keys of one unit, where the prefix is split
+inline constexpr int kContextKeys = 6 * kBlockKeys;   // context keys of one unit, at most
+inline constexpr int kTargetTiles = 64;               // the prefix is split until there are so many units
 
 // A query row: one token and one of the heads that share a kv head.
 struct Row {

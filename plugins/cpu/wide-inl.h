@@ -20,11 +20,11 @@ inline constexpr int kWideVecs = 4;  // 32 registers
 template <int kVecs>
 inline constexpr int kWideKeys = kVecs == 4 ? 6 : kVecs == 3 ? 8 : kVecs == 2 ? 12 : 16;
 template <int kVecs>
-inline constexpr int kWideDims = kVecs == 4 ? 4 : 8;
+inline constexpr int kWideDims = kVecs == 4 ? 4 : kVecs == 1 ? 16 : 8;
 #else
 inline constexpr int kWideVecs = 2;  // 16 registers
 template <int kVecs>
-inline constexpr int kWideKeys = kVecs == 2 ? 5 : 8;
+inline constexpr int kWideKeys = kVecs == 2 ? 6 : 8;
 template <int kVecs>
 inline constexpr int kWideDims = kVecs == 2 ? 4 : 8;
 #endif
@@ -70,13 +70,39 @@ HWY_INLINE void ScoreTile(const float* HWY_RESTRICT query, const float* HWY_REST
   }
 }
 
+// Asks memory for what is needed next while the keys of a block are scored: this block's values, the next block's keys.
+// A tile is bound by arithmetic, so the wait for memory hides behind it. (Few rows are bound by memory: there the
+// hardware's own prefetching did better, see docs/performance.md.)
+struct Ahead {
+  // The next block begins at key `next`; there are `end` keys.
+  template <typename T>
+  HWY_INLINE Ahead(const T* keys, const T* values, int64_t head_dim, int64_t first, int64_t next, int64_t end)
+      : key(reinterpret_cast<const char*>(keys + next * head_dim)),
+        value(reinterpret_cast<const char*>(values + first * head_dim)),
+        row_bytes(head_dim * static_cast<int64_t>(sizeof(T))),
+        next_count(end - next) {}
+
+  // The share of keys [begin, end) of the block.
+  HWY_INLINE void Fetch(int64_t begin, int64_t end) const {
+    for (int64_t i = begin * row_bytes; i < end * row_bytes; i += 64) __builtin_prefetch(value + i);
+    end = HWY_MIN(end, next_count);
+    for (int64_t i = begin * row_bytes; i < end * row_bytes; i += 64) __builtin_prefetch(key + i);
+  }
+
+  const char* key;
+  const char* value;
+  int64_t row_bytes;
+  int64_t next_count;
+};
+
 // scores of `count` keys for kVecs vectors of rows.
 template <int kVecs>
-HWY_INLINE void ScoreKeys(const float* query, const float* key, int64_t count, int64_t head_dim, int64_t stride,
-                          float* scores, float* block_max) {
+HWY_NOINLINE void ScoreKeys(const float* query, const float* key, int64_t count, int64_t head_dim, int64_t stride,
+                          float* scores, float* block_max, const Ahead& ahead) {
   constexpr int kKeys = kWideKeys<kVecs>;
   int64_t k = 0;
   for (; k + kKeys <= count; k += kKeys) {
+    ahead.Fetch(k, k + kKeys);
     ScoreTile<kVecs, kKeys>(query, key + k * head_dim, head_dim, stride, scores + k * stride, block_max);
   }
   if (k == count) return;
@@ -116,12 +142,14 @@ HWY_INLINE void ValueTile(const float* HWY_RESTRICT weights, const float* HWY_RE
 }
 
 template <int kVecs>
-HWY_INLINE void AddValues(const float* weights, const float* value, int64_t count, int64_t head_dim,
+HWY_NOINLINE void AddValues(const float* weights, const float* value, int64_t count, int64_t head_dim,
                           int64_t stride, float* o) {
   constexpr int kDims = kWideDims<kVecs>;
-  for (int64_t i = 0; i < head_dim; i += kDims) {
+  int64_t i = 0;
+  for (; i + kDims <= head_dim; i += kDims) {
     ValueTile<kVecs, kDims>(weights, value + i, count, head_dim, stride, o + i * stride);
   }
+  if (i < head_dim) ValueTile<kVecs, 8>(weights, value + i, count, head_dim, stride, o + i * stride);
 }
 
 // Calls body with the number of vectors as a constant for each group of columns of the tile.
@@ -138,7 +166,7 @@ HWY_INLINE void ForEachColumns(int64_t stride, const Body& body) {
 }
 
 // Softcap and mask of the scores of keys [first, first + count); refreshes block_max.
-HWY_INLINE void CapAndMask(const WideTile& tile, int64_t first, int64_t count, float cap, bool masked) {
+HWY_NOINLINE void CapAndMask(const WideTile& tile, int64_t first, int64_t count, float cap, bool masked) {
   const Lanes lanes;
   const IntLanes ints;
   const Vec minus_infinity = hn::Set(lanes, -std::numeric_limits<float>::infinity());
@@ -163,7 +191,7 @@ HWY_INLINE void CapAndMask(const WideTile& tile, int64_t first, int64_t count, f
 }
 
 // Scores become weights 2^(s - m), in place; m and d are updated and o is rescaled where m has grown.
-HWY_INLINE void OnlineSoftmax(const WideTile& tile, int64_t count) {
+HWY_NOINLINE void OnlineSoftmax(const WideTile& tile, int64_t count) {
   const Lanes lanes;
   const Vec minus_infinity = hn::Set(lanes, -std::numeric_limits<float>::infinity());
   for (int64_t column = 0; column < tile.stride; column += kLanes) {
@@ -217,9 +245,10 @@ HWY_INLINE void AttendWide(const WideTile& tile, const T* key, const T* value, i
     const float* keys = AsFloat(key + first * head_dim, count * head_dim, key_block);
     const float* values = AsFloat(value + first * head_dim, count * head_dim, value_block);
     std::fill_n(tile.block_max, tile.stride, -std::numeric_limits<float>::infinity());
+    const Ahead ahead(key, value, head_dim, first, first + count, end);
     ForEachColumns(tile.stride, [&](auto vecs, int64_t column) HWY_ATTR {
       ScoreKeys<vecs()>(tile.query + column, keys, count, head_dim, tile.stride, tile.scores + column,
-                        tile.block_max + column);
+                        tile.block_max + column, ahead);
     });
     const bool masked = first < lo || first + count > hi;
     if (masked || cap != 0.0f) CapAndMask(tile, first, count, cap, masked);
