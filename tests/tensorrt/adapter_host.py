@@ -67,15 +67,24 @@ def major_of(headers: Path) -> int:
     return int(match.group(1))
 
 
-def build(headers: Path, cuda: Path, folder: Path) -> tuple[Path, Path]:
-    """Compiles plugin and host for one TensorRT, the plugin over launch_on_host.cc; returns the libraries."""
+def build(headers: Path, cuda: Path, folder: Path, emulation: Path | None = None) -> tuple[Path, Path]:
+    """Compiles plugin and host for one TensorRT; returns the libraries.
+
+    The plugin's kernels are launch_on_host.cc, or with the library of tests/cuda_emulation those of
+    plugins/cuda.
+    """
     adapter = "plugin_v2.cc" if major_of(headers) < 10 else "plugin_v3.cc"
     sources = [
         ROOT / "plugins/tensorrt" / name
         for name in (adapter, "layer.cc", "config.cc", "log.cc", "barrier.cc")
     ]
-    sources += [ROOT / "plugins/common/op.cc", HERE / "launch_on_host.cc"]
+    sources += [ROOT / "plugins/common/op.cc", HERE / "cuda_runtime_on_host.cc"]
+    sources += [
+        HERE / ("launch_emulated.cc" if emulation else "launch_on_host.cc"),
+        *filter(None, [emulation]),
+    ]
     options = ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+    options += [f"-Wl,-rpath,{emulation.parent}"] if emulation else []
     options += [f"-Wl,--version-script={HERE / 'exports.map'}"]
     plugin = folder / f"plugin{major_of(headers)}.so"
     _compile(headers, cuda, sources, plugin, options)
