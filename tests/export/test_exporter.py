@@ -194,12 +194,6 @@ def test_a_model_with_a_memory_of_its_own_is_refused(genai_llama: Path, tmp_path
     model = ir.load(source / "model.onnx")
     ir.external_data.load_to_model(model)
     embedding = next(node for node in model.graph if node.name == "/model/embed_tokens/Gather")
-    text = """
-    <ir_version: 9, opset_import: ["" : 18]>
-    graph (float[b, s, 64] x) => (float[b, s, 64] y)
-      <int64[6] pads = {0, 1, 0, 0, -1, 0}> { shifted = Pad (x, pads) y = Add (x, shifted) }
-    """
-    pad, add = list(ir.from_onnx_text(text).graph)
     pads = ir.Value(name="pads", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([6]))
     pads.const_value = ir.tensor(np.array([0, 1, 0, 0, -1, 0]), name="pads")
     model.graph.register_initializer(pads)

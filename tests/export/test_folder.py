@@ -30,6 +30,13 @@ def _artifact(path: Path, text: str = "old") -> Path:
     return path
 
 
+def _write(output: Path, error: BaseException) -> None:
+    """Writes half an artifact, then fails."""
+    with replace_folder(output) as folder:
+        (folder / "relay.json").write_text("new")
+        raise error
+
+
 def _left_beside(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.parent.iterdir() if entry != path)
 
@@ -67,9 +74,8 @@ def _umask() -> int:
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt(), ExportError("refused")])
 def test_an_error_leaves_all_as_it_was(tmp_path: Path, error: BaseException) -> None:
     output = _artifact(tmp_path / "out")
-    with pytest.raises(type(error)), replace_folder(output) as new:
-        (new / "relay.json").write_text("new")
-        raise error
+    with pytest.raises(type(error)):
+        _write(output, error)
     assert (output / "relay.json").read_text() == "old"
     assert _left_beside(output) == []
 
@@ -77,9 +83,8 @@ def test_an_error_leaves_all_as_it_was(tmp_path: Path, error: BaseException) -> 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_so_and_cleared(tmp_path: Path, code: int) -> None:
     output = _artifact(tmp_path / "out")
-    with pytest.raises(ExportError, match=r"disk full.*nothing was changed"), replace_folder(output) as new:
-        (new / "weights.bin").write_text("half")
-        raise OSError(code, os.strerror(code))
+    with pytest.raises(ExportError, match=r"disk full.*nothing was changed"):
+        _write(output, OSError(code, os.strerror(code)))
     assert (output / "relay.json").read_text() == "old"
     assert _left_beside(output) == []
 

@@ -131,7 +131,8 @@ def test_layers_share_their_tables() -> None:
         },  # halves swapped
         {"Mul (k_turned, sin_h)": "Mul (k_turned, cos_h)"},  # key and query rotated by other functions
         {
-            "both = Concat <axis = -1> (angles, angles)": "d = Add (angles, scaling)\n both = Concat <axis = -1> (angles, d)"
+            "(angles, angles)": "(angles, other)",  # the halves have different angles
+            "(f, inv_freq)": "(f, inv_freq)\n other = Neg (angles)",
         },
         {
             "cos_s = Mul (cos, scaling)": "w = ReduceSum (q)\n cos_s = Mul (cos, w)"

@@ -108,7 +108,8 @@ def _small(config: type, **fields: object) -> transformers.PretrainedConfig:
             lambda: _small(
                 transformers.Phi3Config, pad_token_id=0, original_max_position_embeddings=32,
                 rope_parameters={
-                    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8
+                    "rope_type": "longrope", "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
                 },
             ),
             "'longrope' depends on the length",

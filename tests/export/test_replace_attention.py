@@ -53,8 +53,8 @@ def test_every_layer_becomes_relay_attention_with_its_attributes(make) -> None:
         "plugin_namespace": "relay",
     }
     assert [value.name for value in first.inputs] == [
-        "query", "key", "value", "past_key_values.0.key", "past_key_values.0.value", "context_lens", "query_lens",
-        "prefix.0.key", "prefix.0.value", "cos", "sin",
+        "query", "key", "value", "past_key_values.0.key", "past_key_values.0.value",
+        "context_lens", "query_lens", "prefix.0.key", "prefix.0.value", "cos", "sin",
     ]  # fmt: skip
     # not rotated: the tables are left out at the end, and nothing is left out in between
     assert len(second.inputs) == 9

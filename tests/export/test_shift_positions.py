@@ -60,8 +60,8 @@ def test_who_wants_only_the_shape_needs_no_positions(parse) -> None:
 
 def test_an_unused_input_goes() -> None:
     model = ir.from_onnx_text(
-        '<ir_version: 9, opset_import: ["" : 18]> graph (int64[b, s] position_ids, float[n] x) => (float[n] y)'
-        " { y = Relu (x) }"
+        '<ir_version: 9, opset_import: ["" : 18]>'
+        "graph (int64[b, s] position_ids, float[n] x) => (float[n] y) { y = Relu (x) }"
     )
     assert ShiftPositions()(model).modified
     assert [value.name for value in model.graph.inputs] == ["x"]

@@ -20,7 +20,10 @@ def _model(body: str, output: str = "float[batch, seq, 8] y") -> ir.Model:
     return ir.from_onnx_text(text)
 
 
-SPLIT = "split_shape = Concat <axis = 0> (batch, seq, two, four)\n split = Reshape <allowzero = 1> (x, split_shape)\n"
+SPLIT = (
+    "split_shape = Concat <axis = 0> (batch, seq, two, four)\n"
+    "split = Reshape <allowzero = 1> (x, split_shape)\n"
+)
 JOIN = "join_shape = Concat <axis = 0> (batch, seq, eight)\n joined = Reshape (split, join_shape)\n"
 X = np.random.default_rng(0).standard_normal((2, 3, 8), dtype=np.float32)
 

@@ -24,8 +24,8 @@ WINDOW = 24  # shorter than the prefixes of the tests
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
 SYSTEM_PROMPT = (
-    "You are the clerk of a small library. Books are lent for three weeks; whoever asks for a book by name is "
-    "told its shelf, and nothing else. Answer briefly, in one sentence, and be kind."
+    "You are the clerk of a small library. Books are lent for three weeks; whoever asks for a book by name "
+    "is told its shelf, and nothing else. Answer briefly, in one sentence, and be kind."
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
@@ -113,10 +113,13 @@ def make_genai(folder: Path, source: Path, precision: str = "fp32", **options: A
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def edit_json(path: Path, **fields: Any) -> None:
