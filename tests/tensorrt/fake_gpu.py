@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class Gpu:
         self.registry = Registry()
         self.version = "8.6.0"
         self.fail_enqueue = False
+        self.alias: str | None = None
 
     def view(self, address: int, nbytes: int) -> np.ndarray:
         """The bytes at a device address; an access beyond an allocation is an illegal address."""
@@ -376,6 +378,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         def parse_from_file(self, path: str) -> bool:
             proto = onnx.load(path, load_external_data=False)
             network = self.network
+            gpu.alias = os.environ.get("RELAY_TENSORRT_ALIAS_CACHE")  # what a creator would see
             network.model = path
             network.inputs = [SimpleNamespace(name=value.name) for value in proto.graph.input]
             network.outputs = [SimpleNamespace(name=value.name) for value in proto.graph.output]

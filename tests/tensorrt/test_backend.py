@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -427,6 +428,18 @@ def test_what_tensorrt_is_asked_to_build(gpu: Gpu, artifact: Path) -> None:
             "logits",
         }
     assert not list(plan.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("gpu", ["10.16.0"], indirect=True)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_alias_is_declared_only_if_asked(
+    gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    monkeypatch.setenv("RELAY_TENSORRT_ALIAS_CACHE", "left over")
+    build(artifact, alias_cache=wanted)
+    assert gpu.config.features == ({"ALIASED_PLUGIN_IO_10_03"} if wanted else set())  # type: ignore[attr-defined]
+    assert gpu.alias == ("1" if wanted else "0")
+    assert os.environ["RELAY_TENSORRT_ALIAS_CACHE"] == "left over"
 
 
 def test_timing_cache_is_reused(gpu: Gpu, artifact: Path) -> None:
