@@ -18,22 +18,37 @@ namespace relay::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// A tile row is head_dim elements, its 16-byte chunks permuted so that eight rows of one column meet all 32
-// banks.
+// A tile row is head_dim elements in 16-byte chunks. Within each group of 8 chunks (4 for head_dim 96) they
+// are permuted by the row, so that eight rows of one column meet all 32 banks.
 template <int kHeadDim>
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
-  const int permuted = kHeadDim % 64 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
-  return (row * (kHeadDim / 8) + permuted) * 16;
-}
+struct Swizzle {
+  static constexpr int kGroup = kHeadDim % 64 == 0 ? 8 : 4;
+  static constexpr int kVariants = kGroup / 2;  // places of a pair of chunks in its group
 
-// Where the keys and values of a tile lie. Rows below `cached` are row cache_row + i of the prefix or of
-// present (which holds past by then; this launch writes beyond it only), those up to `limit` chunk
-// fresh_chunk + (i - cached) * (chunks of a token) of the new tokens, the rest are zero.
-struct Source {
+  __device__ __forceinline__ static int of_row(int row) { return kGroup == 8 ? row & 7 : (row >> 1) & 3; }
+
+  // Byte offset in the tile. Rows 16 apart are permuted alike.
+  __device__ __forceinline__ static int offset(int row, int chunk) {
+    return (row * (kHeadDim / 8) + (chunk ^ of_row(row))) * 16;
+  }
+};
+
+// Which block of keys or values is copied next. Kept in shared memory, twice: while all threads read one,
+// thread 0 writes the next into the other, and a barrier lies between two uses of the same.
+struct Cursor {
+  // Where the keys and values of the tile lie. Rows below `cached` are row cache_row + i of the prefix or of
+  // present (which holds past by then; this launch writes beyond it only), those up to `limit` chunk
+  // fresh_chunk + (i - cached) * (chunks of a token) of the new tokens, the rest are zero.
   int64_t cache_row;
   int64_t fresh_chunk;
   int cached;
   int limit;
+  int is_context;
+  int request;
+  int block, block_end;
+  int unit, end;
+  int values;  // 0: the keys of this block, 1: its values
+  int unused[3];
 };
 
 template <class T, int kHeadDim, int kPrefixRows, int kContextRows>
@@ -47,7 +62,8 @@ class Attention {
   static constexpr int kQueryBytes = kRows * kRowBytes > 64 * kHeadDim ? kRows * kRowBytes : 64 * kHeadDim;
 
   // Shared memory; plan.cpp's shared_bytes adds up the same.
-  static constexpr int kRowsOffset = sizeof(ScheduleTotals);
+  static constexpr int kCursorOffset = sizeof(ScheduleTotals);
+  static constexpr int kRowsOffset = kCursorOffset + 2 * sizeof(Cursor);
   static constexpr int kScratchOffset = kRowsOffset + 2 * kRows * 4;
   static constexpr int kQueryOffset = kScratchOffset + 32 * 4;
   static constexpr int kRingOffset = kQueryOffset + kQueryBytes;
@@ -65,18 +81,15 @@ class Attention {
     int unit = worker < schedule.totals().workers ? schedule.begin(worker) : schedule.totals().units;
     const int end = worker < schedule.totals().workers ? schedule.begin(worker + 1) : schedule.totals().units;
 
-    copy_unit = unit;
-    copy_end = end;
-    copy_slot = use_slot = 0;
-    copy_values = false;
     Tile tile{};
-    if (unit < end) {
-      const int request = unit < schedule.totals().prefix_units ? 0 : schedule.find_request(unit);
-      tile = schedule.find(unit, request);
-      copy_tile = tile;
-      copy_source = source(tile);
+    if (unit < end)
+      tile = schedule.find(unit, unit < schedule.totals().prefix_units ? 0 : schedule.find_request(unit));
+    if (threadIdx.x == 0) cursor(0) = start_of(tile, unit, end);
+    copy_turn = use_slot = 0;
+    for (int i = 0; i < a.depth - 1; ++i) {
+      __syncthreads();
+      copy_next(i);
     }
-    for (int i = 0; i < a.depth - 1; ++i) copy_next();
     if (!a.appended_before) append();  // its loads travel together with the first blocks of keys
     if (a.token_begin == 0) fill_idle_rows();
 
@@ -107,12 +120,12 @@ class Attention {
   const RelayParams& p;
   const Rotary rotary;
   Schedule<kPrefixRows, kContextRows> schedule;
-  // The copy cursor runs ahead of the attention by depth - 1 buffers.
-  Tile copy_tile;
-  Source copy_source;
-  int copy_unit, copy_end, copy_slot, use_slot;
-  bool copy_values;
+  int copy_turn;  // which cursor is current: it runs ahead of the attention by depth - 1 buffers
+  int use_slot;   // the buffer that the attention reads next
 
+  __device__ __forceinline__ static Cursor& cursor(int turn) {
+    return reinterpret_cast<Cursor*>(dynamic_shared() + kCursorOffset)[turn];
+  }
   // The keys [low, high] of the tile's own numbering that each row of the tile sees.
   __device__ __forceinline__ static int* row_low() {
     return reinterpret_cast<int*>(dynamic_shared() + kRowsOffset);
@@ -136,36 +149,47 @@ class Attention {
   }
 
   // ---- copy ----
-  __device__ __forceinline__ Source source(const Tile& tile) const {
-    if (!tile.is_context)
-      return {int64_t{tile.kv_head} * p.prefix_length, 0, p.prefix_length, p.prefix_length};
-    return {(int64_t{tile.request} * p.kv_num_heads + tile.kv_head) * p.max_context,
-            (int64_t{tile.request} * p.sequence * p.kv_num_heads + tile.kv_head) * kChunks,
-            a.appended_before ? schedule.context_keys(tile.request) : schedule.context_len()[tile.request],
-            schedule.context_keys(tile.request)};
+  __device__ __forceinline__ Cursor start_of(const Tile& tile, int unit, int end) const {
+    Cursor c{};
+    c.is_context = tile.is_context;
+    c.request = tile.request;
+    c.block = tile.block;
+    c.block_end = tile.block_end;
+    c.unit = unit;
+    c.end = end;
+    if (unit < end && !tile.is_context) {
+      c.cache_row = int64_t{tile.kv_head} * p.prefix_length;
+      c.cached = c.limit = p.prefix_length;
+    } else if (unit < end) {
+      c.cache_row = (int64_t{tile.request} * p.kv_num_heads + tile.kv_head) * p.max_context;
+      c.fresh_chunk = (int64_t{tile.request} * p.sequence * p.kv_num_heads + tile.kv_head) * kChunks;
+      c.limit = schedule.context_keys(tile.request);
+      c.cached = a.appended_before ? c.limit : schedule.context_len()[tile.request];
+    }
+    return c;
   }
 
   // Starts the copy of the next block of keys or values, and commits it as one group; an empty group when
   // none is left.
-  __device__ __forceinline__ void copy_next() {
-    if (copy_unit < copy_end) {
-      const void* prefix = copy_values ? p.prefix_value : p.prefix_key;
-      const void* own = copy_values ? p.present_value : p.present_key;
-      const int first = copy_tile.block * kBlockKeys;
-      const uint4* cache = static_cast<const uint4*>(copy_tile.is_context ? own : prefix) +
-                           (copy_source.cache_row + first) * kChunks + threadIdx.x;
-      const SharedAddress buffer = ring() + copy_slot * kBufferBytes;
-      if (first + kBlockKeys <= copy_source.cached) {
+  __device__ __forceinline__ void copy_next(int slot) {
+    const Cursor& c = cursor(copy_turn);
+    if (c.unit < c.end) {
+      const void* prefix = c.values ? p.prefix_value : p.prefix_key;
+      const void* own = c.values ? p.present_value : p.present_key;
+      const int first = c.block * kBlockKeys;
+      const uint4* cache = static_cast<const uint4*>(c.is_context ? own : prefix) +
+                           (c.cache_row + first) * kChunks + threadIdx.x;
+      const SharedAddress buffer = ring() + slot * kBufferBytes;
+      if (first + kBlockKeys <= c.cached) {
 #pragma unroll
         for (int i = 0; i < kBlockKeys * kChunks / kThreads; ++i) {
           const int index = i * kThreads + threadIdx.x;
-          copy_async_16(buffer + chunk_offset<kHeadDim>(index / kChunks, index % kChunks),
+          copy_async_16(buffer + Swizzle<kHeadDim>::offset(index / kChunks, index % kChunks),
                         cache + i * kThreads, true);
         }
       } else {
-        const int cached = copy_source.cached - first, limit = copy_source.limit - first;
-        const uint4* fresh =
-            static_cast<const uint4*>(copy_values ? p.value : p.key) + copy_source.fresh_chunk;
+        const int cached = c.cached - first, limit = c.limit - first;
+        const uint4* fresh = static_cast<const uint4*>(c.values ? p.value : p.key) + c.fresh_chunk;
 #pragma unroll 1
         for (int index = threadIdx.x; index < kBlockKeys * kChunks; index += kThreads, cache += kThreads) {
           const int row = index / kChunks, chunk = index % kChunks;
@@ -173,20 +197,22 @@ class Attention {
           if (row >= cached)
             from = row < limit ? fresh + (int64_t{row - cached} * p.kv_num_heads * kChunks + chunk)
                                : static_cast<const uint4*>(p.query);  // a valid address that is not read
-          copy_async_16(buffer + chunk_offset<kHeadDim>(row, chunk), from, row < limit);
+          copy_async_16(buffer + Swizzle<kHeadDim>::offset(row, chunk), from, row < limit);
         }
       }
-      copy_slot = copy_slot + 1 == a.depth ? 0 : copy_slot + 1;
-      if (copy_values) {
-        ++copy_unit;
-        if (++copy_tile.block == copy_tile.block_end && copy_unit < copy_end) {
-          copy_tile = schedule.find(copy_unit, copy_tile.request);
-          copy_source = source(copy_tile);
-        }
-      }
-      copy_values = !copy_values;
     }
     copy_async_commit();
+    if (threadIdx.x == 0) {
+      Cursor next = c;
+      if (next.values && next.unit < next.end) {
+        ++next.unit;
+        if (++next.block == next.block_end && next.unit < next.end)
+          next = start_of(schedule.find(next.unit, next.request), next.unit, next.end);
+      }
+      next.values = !c.values;
+      cursor(copy_turn ^ 1) = next;
+    }
+    copy_turn ^= 1;
   }
 
   // Waits for the oldest buffer, refills the one that all threads have finished with, and returns the former.
@@ -209,7 +235,7 @@ class Attention {
         break;
     }
     __syncthreads();
-    copy_next();
+    copy_next(use_slot == 0 ? a.depth - 1 : use_slot - 1);
     const SharedAddress buffer = ring() + use_slot * kBufferBytes;
     use_slot = use_slot + 1 == a.depth ? 0 : use_slot + 1;
     return buffer;
@@ -259,9 +285,9 @@ class Attention {
       const int row = begin + i / chunks, chunk = i % chunks;
       RotaryChunk x;
       rotary.read(x, chunk, p.prefix_length + first + row,
-                  [&](int c) { return load_shared_16(buffer + chunk_offset<kHeadDim>(row, c)); });
+                  [&](int c) { return load_shared_16(buffer + Swizzle<kHeadDim>::offset(row, c)); });
       rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) {
-        store_shared_16(buffer + chunk_offset<kHeadDim>(row, c), rotated);
+        store_shared_16(buffer + Swizzle<kHeadDim>::offset(row, c), rotated);
       });
     }
   }
@@ -309,10 +335,10 @@ class Attention {
         if (row >= kTileRows)
           continue;
         else if (row >= tile.rows)
-          store_shared_16(target + chunk_offset<kHeadDim>(row, chunk), make_uint4(0, 0, 0, 0));
+          store_shared_16(target + Swizzle<kHeadDim>::offset(row, chunk), make_uint4(0, 0, 0, 0));
         else
           rotary.write<T>(x[i], chunk, [&](int c, const uint4& rotated) {
-            store_shared_16(target + chunk_offset<kHeadDim>(row, c), rotated);
+            store_shared_16(target + Swizzle<kHeadDim>::offset(row, c), rotated);
           });
       }
     }
@@ -335,16 +361,29 @@ class Attention {
     // before.
     load_queries<kTileRows>(tile);
     __syncthreads();
-    int low[kBands][2], high[kBands][2];
+    // Keys that all of this thread's rows see; what lies outside is looked at row by row.
+    int all_low = 0, all_high = INT32_MAX;
 #pragma unroll
-    for (int m = 0; m < kBands; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        low[m][r] = row_low()[row0 + m * 16 + lane / 4 + r * 8];
-        high[m][r] = row_high()[row0 + m * 16 + lane / 4 + r * 8];
-      }
+    for (int i = 0; i < 2 * kBands; ++i) {
+      all_low = max(all_low, row_low()[row0 + i * 8 + lane / 4]);
+      all_high = min(all_high, row_high()[row0 + i * 8 + lane / 4]);
+    }
 
-    const SharedAddress queries = shared_address(query_tile());
+    // Where this lane finds its row of the matrices that it loads: pair 2k, 2k+1 of a row's chunks lies at
+    // offset[k % kVariants] + k / kVariants groups, and all else is a constant. One for operands whose
+    // lanes 16..31 hold the second chunk (queries, values), one for those whose lanes 8..15 and 24..31 do
+    // (keys).
+    using Chunks = Swizzle<kHeadDim>;
+    constexpr int kVariants = Chunks::kVariants;
+    const auto group_of = [](int pair) { return pair / kVariants * Chunks::kGroup * 16; };
+    int by_row[kVariants], by_key[kVariants];
+#pragma unroll
+    for (int i = 0; i < kVariants; ++i) {
+      by_row[i] = Chunks::offset(lane % 16, i * 2 + lane / 16);
+      by_key[i] = Chunks::offset(lane % 8 + lane / 16 * 8, i * 2 + lane / 8 % 2);
+    }
+
+    const SharedAddress queries = shared_address(query_tile()) + row0 * kRowBytes;
     const bool capped = p.softcap > 0;
     // exp(score) = 2^(factor * s), s being the product or, capped, the whole score.
     const float factor = capped ? kLog2e : p.scale * kLog2e;
@@ -370,6 +409,7 @@ class Attention {
           __syncthreads();
         }
       }
+      buffer += key0 * kRowBytes;
       float score[kBands][kKeys / 8][4];
 #pragma unroll
       for (int m = 0; m < kBands; ++m)
@@ -381,13 +421,11 @@ class Attention {
         uint32_t q[kBands][4];
 #pragma unroll
         for (int m = 0; m < kBands; ++m)
-          load_matrix_x4(q[m],
-                         queries + chunk_offset<kHeadDim>(row0 + m * 16 + lane % 16, k * 2 + lane / 16));
+          load_matrix_x4(q[m], queries + by_row[k % kVariants] + (m * 16 * kRowBytes + group_of(k)));
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t keys[4];
-          load_matrix_x4(keys, buffer + chunk_offset<kHeadDim>(key0 + n * 16 + lane % 8 + lane / 16 * 8,
-                                                               k * 2 + lane / 8 % 2));
+          load_matrix_x4(keys, buffer + by_key[k % kVariants] + (n * 16 * kRowBytes + group_of(k)));
 #pragma unroll
           for (int m = 0; m < kBands; ++m) {
             multiply_accumulate<T>(score[m][2 * n], q[m], keys[0], keys[1]);
@@ -411,14 +449,17 @@ class Attention {
               score[m][n][i] = p.softcap - __fdividef(2 * p.softcap, power + 1);
             }
         }
-        if (first_key < max(low[m][0], low[m][1]) || first_key + kKeys - 1 > min(high[m][0], high[m][1])) {
+        if (first_key < all_low || first_key + kKeys - 1 > all_high) {
 #pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
+          for (int r = 0; r < 2; ++r) {
+            const int low = row_low()[row0 + m * 16 + r * 8 + lane / 4];
+            const int high = row_high()[row0 + m * 16 + r * 8 + lane / 4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
-              if (key < low[m][i / 2] || key > high[m][i / 2]) score[m][n][i] = -INFINITY;
+            for (int i = 0; i < kKeys / 4; ++i) {
+              const int key = first_key + i / 2 * 8 + lane % 4 * 2 + i % 2;
+              if (key < low || key > high) score[m][i / 2][2 * r + i % 2] = -INFINITY;
             }
+          }
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -449,14 +490,14 @@ class Attention {
       }
 
       // output += weights * values
-      buffer = next_buffer();
+      buffer = next_buffer() + key0 * kRowBytes;
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k) {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t values[4];
-          load_matrix_x4_transposed(
-              values, buffer + chunk_offset<kHeadDim>(key0 + k * 16 + lane % 16, n * 2 + lane / 16));
+          load_matrix_x4_transposed(values,
+                                    buffer + by_row[n % kVariants] + (k * 16 * kRowBytes + group_of(n)));
 #pragma unroll
           for (int m = 0; m < kBands; ++m) {
             const uint32_t w[4] = {weights[m][2 * k][0], weights[m][2 * k][1], weights[m][2 * k + 1][0],

@@ -152,7 +152,7 @@ size_t shared_bytes(int head_dim, int prefix_rows, int context_rows, int depth, 
   const size_t rows = std::max(prefix_rows, context_rows);
   const size_t query = std::max<size_t>(rows * head_dim * 2, size_t{64} * head_dim);
   const size_t ring = size_t{2} * depth * kBlockKeys * head_dim;
-  const size_t words = 16 + 2 * rows + 32 + 4 * (static_cast<size_t>(batch) + 1);
+  const size_t words = 16 + 32 + 2 * rows + 32 + 4 * (static_cast<size_t>(batch) + 1);
   return query + ring + 4 * words + (2 * static_cast<size_t>(tokens) + 15) / 16 * 16;
 }
 
