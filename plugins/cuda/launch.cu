@@ -83,6 +83,11 @@ Status blocks_per_sm(int device, const void* kernel, const DeviceLimits& limits,
   RELAY_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(limits.shared_bytes_per_block)),
                  "raising the shared memory limit");
+  // All blocks of a cooperative launch must fit at once, so the split between L1 and shared memory is not
+  // left to chance.
+  RELAY_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared),
+                 "choosing the shared memory carveout");
   RELAY_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, kThreads, shared_bytes),
                  "asking for the occupancy");
   cache().blocks_per_sm[key] = *blocks;
