@@ -147,12 +147,12 @@ ConfigFields::ConfigFields(const Config& config) : layer_(config.layer) {
   collection_.fields = fields_.data();
 }
 
-std::vector<char> Serialize(const Config& config) {
+std::string Serialize(const Config& config) {
   const Packed packed = Pack(config);
   const auto length = static_cast<uint32_t>(std::min(config.layer.size(), kMaxLayerName));
-  std::vector<char> bytes;
+  std::string bytes;
   const auto append = [&bytes](const void* data, size_t size) {
-    bytes.insert(bytes.end(), static_cast<const char*>(data), static_cast<const char*>(data) + size);
+    bytes.append(static_cast<const char*>(data), size);
   };
   append(kMagic, sizeof(kMagic));
   append(&kFormatVersion, sizeof(kFormatVersion));

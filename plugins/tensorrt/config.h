@@ -47,7 +47,7 @@ class ConfigFields {
 
 // The same as bytes, for plugins that serialize themselves (TensorRT 8). Little-endian, of a fixed layout:
 // magic "RLYA", uint32 format version, the integers, the floats, uint32 length of the layer's name, the name.
-std::vector<char> Serialize(const Config& config);
+std::string Serialize(const Config& config);
 std::string Deserialize(const void* data, size_t size, Config* config);
 
 }  // namespace relay::tensorrt

@@ -34,7 +34,7 @@ class RelayPlugin final : public nvinfer1::IPluginV2DynamicExt {
 
   size_t getSerializationSize() const noexcept override { return Serialize(layer_.config()).size(); }
   void serialize(void* buffer) const noexcept override {
-    const std::vector<char> bytes = Serialize(layer_.config());
+    const std::string bytes = Serialize(layer_.config());
     std::memcpy(buffer, bytes.data(), bytes.size());
   }
 
