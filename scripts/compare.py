@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from gqa_baseline import GqaDecoder, build
 
-from relay_attention.runtime import RelayDecoder, SamplingParams
+from relay_attention.runtime import GenerationEvent, RelayDecoder, SamplingParams
 from relay_attention.runtime.artifact import Artifact
 
 
@@ -34,6 +34,7 @@ class Side:
     total_seconds: float
     first_token_mean: float
     first_token_max: float
+    step_median: float
     kv_bytes: int
 
     @property
@@ -44,17 +45,23 @@ class Side:
 
 def with_relay(path: Path, prompts: list[str], max_new_tokens: int, threads: int) -> tuple[Side, list[str]]:
     """Decodes through RelayDecoder; also returns the texts."""
-    with RelayDecoder.load(path, threads=threads, max_batch=len(prompts)) as decoder:
+    with RelayDecoder.load(path, max_batch=1) as decoder:
         longest = max(len(decoder.encode(prompt)) for prompt in prompts)
     with RelayDecoder.load(
         path, threads=threads, max_batch=len(prompts), max_context=longest + max_new_tokens
     ) as decoder:
         first: dict[int, float] = {}
+        seen: list[float] = []  # when the first request had its tokens, one a step
+
+        def note(event: GenerationEvent) -> None:
+            now = time.perf_counter() - start
+            first.setdefault(event.index, now)
+            if event.index == 0:
+                seen.append(now)
+
         start = time.perf_counter()
         results = decoder.generate(
-            prompts,
-            SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens),
-            stream=lambda event: first.setdefault(event.index, time.perf_counter() - start),
+            prompts, SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens), stream=note
         )
         total = time.perf_counter() - start
         side = Side(
@@ -62,6 +69,7 @@ def with_relay(path: Path, prompts: list[str], max_new_tokens: int, threads: int
             total,
             float(np.mean(list(first.values()))),
             max(first.values()),
+            float(np.median(np.diff(seen))) if len(seen) > 1 else 0.0,
             decoder.cache_bytes + decoder.prefix_bytes,
         )
         return side, [result.text for result in results]
@@ -79,7 +87,9 @@ def without_relay(path: Path, prompts: list[str], max_new_tokens: int, threads: 
         decoder = GqaDecoder(Path(file.name), artifact, threads)
     run = decoder.generate(full, max_new_tokens, artifact.manifest.tokens.eos)
     first = run.first_token_seconds
-    return Side(run.token_ids, run.total_seconds, float(np.mean(first)), max(first), run.cache_bytes)
+    return Side(
+        run.token_ids, run.total_seconds, float(np.mean(first)), max(first), run.step_seconds, run.cache_bytes
+    )
 
 
 def print_table(relay: Side, plain: Side, prefix_length: int) -> float:
@@ -89,13 +99,15 @@ def print_table(relay: Side, plain: Side, prefix_length: int) -> float:
         ("tokens/s", relay.tokens_per_second, plain.tokens_per_second, "{:.1f}"),
         ("time to first token, mean (s)", relay.first_token_mean, plain.first_token_mean, "{:.3f}"),
         ("time to first token, last (s)", relay.first_token_max, plain.first_token_max, "{:.3f}"),
+        ("decode step of all, median (ms)", relay.step_median * 1e3, plain.step_median * 1e3, "{:.2f}"),
         ("KV memory (MiB)", relay.kv_bytes / 2**20, plain.kv_bytes / 2**20, "{:.1f}"),
     ]
-    print(f"\n{len(agreeing)} requests, prefix of {prefix_length} tokens, greedy, same graph and threads\n")
+    print(f"\n{len(agreeing)} requests, prefix of {prefix_length} tokens, greedy, same graph and threads.")
+    print("With relay the prefix was computed once, at export; without, with every request.\n")
     print(f"{'':32}{'relay':>12}{'without':>12}{'ratio':>9}")
     for name, left, right, form in rows:
-        ratio = max(left, right) / min(left, right)
-        print(f"{name:32}{form.format(left):>12}{form.format(right):>12}{ratio:>8.1f}x")
+        ratio = f"{max(left, right) / min(left, right):.1f}x" if min(left, right) > 0 else "-"
+        print(f"{name:32}{form.format(left):>12}{form.format(right):>12}{ratio:>9}")
     print(f"{'same tokens':32}{sum(agreeing):>12} of {len(agreeing)}")
     return sum(agreeing) / len(agreeing)
 

@@ -58,14 +58,17 @@ def _group_query_attention(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def _empty_prefix(graph: onnx.GraphProto, artifact: Artifact) -> None:
-    """Positions come from the prefix's shape: without a prefix they start at 0."""
+    """Without a prefix positions start at 0, where the graph takes them from the prefix's shape."""
     names = {
         name.format(layer=layer)
         for name in (artifact.manifest.io.prefix_key, artifact.manifest.io.prefix_value)
         for layer in range(artifact.manifest.geometry.num_layers)
     }
-    for tensor in graph.initializer:
-        if tensor.name in names:
+    used = {name for node in graph.node for name in node.input}
+    for tensor in list(graph.initializer):
+        if tensor.name in names - used:
+            graph.initializer.remove(tensor)
+        elif tensor.name in names:
             heads, _, head_dim = tensor.dims
             tensor.CopyFrom(helper.make_tensor(tensor.name, tensor.data_type, [heads, 0, head_dim], []))
 
@@ -77,8 +80,7 @@ class GqaRun:
     token_ids: list[list[int]]
     first_token_seconds: list[float] = field(default_factory=list)
     total_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
+    step_seconds: float = 0.0  # median of a decode step
     cache_bytes: int = 0
 
 
@@ -116,7 +118,7 @@ class GqaDecoder:
             logits = self._step(caches, slice(row, row + 1), ids, np.zeros(1, np.int32))
             tokens[row] = logits[0].argmax()
             run.first_token_seconds.append(time.perf_counter() - start)
-        prefilled = time.perf_counter()
+        steps = []
         lengths = np.asarray([len(p) for p in prompts], np.int32)
         running = np.ones(len(prompts), bool)
         for _ in range(max_new_tokens):
@@ -128,13 +130,14 @@ class GqaDecoder:
                     running[row] = len(run.token_ids[row]) < max_new_tokens
             if not running.any():
                 break
+            before = time.perf_counter()
             logits = self._step(caches, slice(0, len(prompts)), tokens[:, None], lengths)
             tokens = logits.argmax(axis=1).astype(np.int32)
-            run.decode_tokens += int(running.sum())
+            steps.append(time.perf_counter() - before)
             # an ended request stands still: its last place is written again
             lengths += running
         run.total_seconds = time.perf_counter() - start
-        run.decode_seconds = time.perf_counter() - prefilled
+        run.step_seconds = float(np.median(steps)) if steps else 0.0
         return run
 
     def _allocate(self, batch: int, capacity: int) -> dict[str, np.ndarray]:
