@@ -16,8 +16,9 @@ __all__ = ["library_path"]
 def library_path(name: str = LIBRARY_NAME) -> Path:
     """The ONNX Runtime custom-op library, for `SessionOptions.register_custom_ops_library`.
 
-    The environment variable RELAY_ATTENTION_LIBRARY names another file. In an editable install the built library and
-    this package lie in different folders; where both hold one (after scripts/build_native.sh), the newer is taken.
+    The environment variable RELAY_ATTENTION_LIBRARY names another file. In an editable install the built
+    library and this package lie in different folders; where both hold one (after scripts/build_native.sh),
+    the newer is taken.
 
     Raises: BackendError where there is no such file.
     """

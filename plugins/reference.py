@@ -1,18 +1,23 @@
-"""NumPy reference of relay::RelayAttention in float64. Slow and plain: what every kernel is tested against."""
+"""NumPy reference of relay::RelayAttention in float64: slow and plain, what kernels are tested against."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
+Array = NDArray[Any]
 
 
-def attention(query: Float, key: Float, value: Float, visible: NDArray[np.bool_], softcap: float = 0.0) -> tuple[Float, Float]:
+def attention(
+    query: Float, key: Float, value: Float, visible: NDArray[np.bool_], softcap: float = 0.0
+) -> tuple[Float, Float]:
     """Attention of some query rows over some keys.
 
     Args: query [rows, D], already scaled; key, value [keys, D]; visible [rows, keys].
-    Returns: output [rows, D] and logsumexp [rows] (natural logarithm). A row that sees no key gets 0 and -inf.
+    Returns: output [rows, D], logsumexp [rows] (natural logarithm); 0 and -inf for a row that sees no key.
     """
     scores = query @ key.T
     if softcap:
@@ -41,30 +46,30 @@ def merge(output_a: Float, logsumexp_a: Float, output_b: Float, logsumexp_b: Flo
 
 
 def rotate(x: Float, cos: Float, sin: Float, interleaved: bool) -> Float:
-    """Rotary embedding of the first R dims of x [..., D] by cos, sin [..., R/2], broadcast over the leading dims."""
+    """Rotary embedding of the first R dims of x [..., D]; cos, sin [..., R/2] broadcast over the rest."""
     rotary_dim = 2 * cos.shape[-1]
     if interleaved:
         first, second = slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
     else:
         first, second = slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
-    rotated = x.copy()
+    rotated: Float = x.copy()
     rotated[..., first] = x[..., first] * cos - x[..., second] * sin
     rotated[..., second] = x[..., second] * cos + x[..., first] * sin
     return rotated
 
 
 def relay_attention(
-    query: NDArray,
-    key: NDArray,
-    value: NDArray,
-    past_key: NDArray,
-    past_value: NDArray,
-    context_lens: NDArray,
-    query_lens: NDArray,
-    prefix_key: NDArray,
-    prefix_value: NDArray,
-    cos_cache: NDArray | None = None,
-    sin_cache: NDArray | None = None,
+    query: Array,
+    key: Array,
+    value: Array,
+    past_key: Array,
+    past_value: Array,
+    context_lens: Array,
+    query_lens: Array,
+    prefix_key: Array,
+    prefix_value: Array,
+    cos_cache: Array | None = None,
+    sin_cache: Array | None = None,
     *,
     num_heads: int,
     kv_num_heads: int,
@@ -101,7 +106,10 @@ def relay_attention(
             assert sin_cache is not None
             cos = cos_cache[positions].astype(np.float64)[:, None, :]
             sin = sin_cache[positions].astype(np.float64)[:, None, :]
-            q, k = rotate(q, cos, sin, bool(rotary_interleaved)), rotate(k, cos, sin, bool(rotary_interleaved))
+            q, k = (
+                rotate(q, cos, sin, bool(rotary_interleaved)),
+                rotate(k, cos, sin, bool(rotary_interleaved)),
+            )
         present_key[b, :, context:end] = k.transpose(1, 0, 2)
         present_value[b, :, context:end] = new_value[b, :count].transpose(1, 0, 2)
 

@@ -1,7 +1,7 @@
 """The op `relay::RelayAttention`: its inputs, outputs and attributes, defined once for every room.
 
-The C++ side of the same definition is `plugins/common/op.h`; a test keeps the two equal. `docs/op.md` is printed by
-`python -m relay_attention.plugins.schema`. Needs nothing but the standard library.
+The C++ side of the same definition is `plugins/common/op.h`; a test keeps the two equal. `docs/op.md` is
+printed by `python -m relay_attention.plugins.schema`. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ INPUTS: Final = (
     Tensor("query_lens", "I", ("B",), "valid new tokens of each row, at most S; 0 = idle"),
     Tensor("prefix_key", "T", ("Hkv", "P", "D"), "keys of the shared prefix, rotated; P may be 0"),
     Tensor("prefix_value", "T", ("Hkv", "P", "D"), "values of the shared prefix"),
-    Tensor("cos_cache", "T", ("max_pos", "R/2"), "cosines, one row a position; R <= D dims are rotated", True),
+    Tensor(
+        "cos_cache", "T", ("max_pos", "R/2"), "cosines, one row a position; R <= D dims are rotated", True
+    ),
     Tensor("sin_cache", "T", ("max_pos", "R/2"), "sines", True),
 )
 
@@ -64,8 +66,8 @@ OUTPUTS: Final = (
         "present_key",
         "T",
         ("B", "Hkv", "Cmax", "D"),
-        "past_key with the new keys at context_lens[b] .. context_lens[b] + query_lens[b] - 1. Bind it to past_key's"
-        " buffer: then only the new tokens are written; otherwise past_key is copied first",
+        "past_key with the new keys at context_lens[b] .. context_lens[b] + query_lens[b] - 1. Bind it to"
+        " past_key's buffer: then only the new tokens are written; otherwise past_key is copied first",
     ),
     Tensor("present_value", "T", ("B", "Hkv", "Cmax", "D"), "past_value with the new values, likewise"),
 )
@@ -74,15 +76,20 @@ ATTRIBUTES: Final = (
     Attribute("num_heads", int, None, "query heads Hq, a multiple of kv_num_heads"),
     Attribute("kv_num_heads", int, None, "key and value heads Hkv"),
     Attribute("scale", float, 0.0, "factor on query . key; 0 = 1/sqrt(D)"),
-    Attribute("softcap", float, 0.0, "score = softcap * tanh(score / softcap), after scale, before the mask; 0 = none"),
+    Attribute(
+        "softcap",
+        float,
+        0.0,
+        "score = softcap * tanh(score / softcap), after scale, before the mask; 0 = none",
+    ),
     Attribute(
         "local_window_size",
         int,
         -1,
-        "a key at position j is seen from position i where j <= i and i - j < local_window_size; positions are"
-        " absolute, the prefix has 0 .. P-1; -1 = no window",
+        "a key at position j is seen from position i where j <= i and i - j < local_window_size; positions"
+        " are absolute, the prefix has 0 .. P-1; -1 = no window",
     ),
-    Attribute("do_rotary", int, 0, "1: the op rotates query and key; the nodes has cos_cache and sin_cache"),
+    Attribute("do_rotary", int, 0, "1: the op rotates query and key; the node has cos_cache and sin_cache"),
     Attribute(
         "rotary_interleaved",
         int,
@@ -116,7 +123,9 @@ def make_attributes(**values: int | float) -> dict[str, Any]:
         if value is None:
             raise TypeError(f"{OP_TYPE} needs the attribute {attribute.name}")
         if attribute.type is not str and attribute.type(value) != value:
-            raise TypeError(f"{OP_TYPE} attribute {attribute.name} = {value!r} must be of type {attribute.type.__name__}")
+            raise TypeError(
+                f"{OP_TYPE} attribute {attribute.name} = {value!r} must be of type {attribute.type.__name__}"
+            )
         made[attribute.name] = attribute.type(value)
     return made
 
@@ -126,19 +135,20 @@ def make_markdown() -> str:
     lines = [
         f"# `{DOMAIN}::{OP_TYPE}`, version {SINCE_VERSION}",
         "",
-        "<!-- Made by `python -m relay_attention.plugins.schema > docs/op.md`; edit plugins/schema.py instead. -->",
+        "<!-- Made by `python -m relay_attention.plugins.schema > docs/op.md` from plugins/schema.py. -->",
         "",
-        "Attention of new tokens over a prefix that all requests share and over each request's own context, causal"
-        " among the new tokens, fused exactly:",
+        "Attention of new tokens over a prefix that all requests share and over each request's own context,"
+        " causal among the new tokens, fused exactly:",
         "",
         "    o_p, lse_p = attention(query, prefix_key, prefix_value)",
         "    o_c, lse_c = attention(query, present_key, present_value)",
         "    output     = (e^lse_p * o_p + e^lse_c * o_c) / (e^lse_p + e^lse_c)",
         "",
-        "B = batch, S = new tokens of the longest row, Hq = num_heads, Hkv = kv_num_heads, D = head_dim (a multiple of"
-        f" 8, at most {MAX_HEAD_DIM}), Cmax = cache capacity in tokens, P = prefix length, R = rotary dimensions. T is"
-        " float32 or float16, the same for all; softmax and fusion are computed in float32. Token s of row b has the"
-        " absolute position P + context_lens[b] + s; with do_rotary = 1, query and key are rotated at that position.",
+        "B = batch, S = new tokens of the longest row, Hq = num_heads, Hkv = kv_num_heads, D = head_dim (a"
+        f" multiple of 8, at most {MAX_HEAD_DIM}), Cmax = cache capacity in tokens, P = prefix length,"
+        " R = rotary dimensions. T is float32 or float16, the same for all; softmax and fusion are computed"
+        " in float32. Token s of row b has the absolute position P + context_lens[b] + s; with do_rotary = 1,"
+        " query and key are rotated at that position.",
         "",
         "| # | input | type | shape | |",
         "|---|---|---|---|---|",
@@ -146,7 +156,9 @@ def make_markdown() -> str:
     types = {"T": "T", "I": "int32"}
     for index, tensor in enumerate(INPUTS):
         note = tensor.description + ("; only with do_rotary = 1" if tensor.rotary_only else "")
-        lines.append(f"| {index} | {tensor.name} | {types[tensor.type]} | [{', '.join(tensor.shape)}] | {note} |")
+        lines.append(
+            f"| {index} | {tensor.name} | {types[tensor.type]} | [{', '.join(tensor.shape)}] | {note} |"
+        )
     lines += ["", "| # | output | type | shape | |", "|---|---|---|---|---|"]
     for index, tensor in enumerate(OUTPUTS):
         shape = ", ".join(tensor.shape)
@@ -154,12 +166,15 @@ def make_markdown() -> str:
     lines += ["", "| attribute | type | default | |", "|---|---|---|---|"]
     for attribute in ATTRIBUTES:
         default = "required" if attribute.default is None else repr(attribute.default).replace("'", '"')
-        lines.append(f"| {attribute.name} | {attribute.type.__name__} | {default} | {attribute.description} |")
+        lines.append(
+            f"| {attribute.name} | {attribute.type.__name__} | {default} | {attribute.description} |"
+        )
     lines += [
         "",
-        "Errors that a kernel reports when it runs, with the node's name, the argument and its value: shapes that"
-        " disagree; negative lengths; query_lens[b] > S; context_lens[b] + query_lens[b] > Cmax; a position beyond the"
-        " rotary cache. Attributes, the number of inputs and head_dim are checked when the session is made.",
+        "Errors that a kernel reports when it runs, with the node's name, the argument and its value: shapes"
+        " that disagree; negative lengths; query_lens[b] > S; context_lens[b] + query_lens[b] > Cmax; a"
+        " position beyond the rotary cache. Attributes, the number of inputs and head_dim are checked when the"
+        " session is made.",
         "",
     ]
     return "\n".join(lines)

@@ -151,13 +151,11 @@ void Attend(const Call& call, const Unit& unit, int64_t kv_head, float* scratch)
     const NarrowRows rows{head_dim, stride, ws.query, ws.o, ws.m, ws.d, ws.lo, ws.hi, ws.scores};
     if (unit.prefix_begin < unit.prefix_end) {
       set_ranges(false);
-      AttendNarrow(rows, unit.rows, prefix_key, prefix_value, unit.prefix_begin, unit.prefix_end, cap, ws.key,
-                   ws.value);
+      AttendNarrow(rows, unit.rows, prefix_key, prefix_value, unit.prefix_begin, unit.prefix_end, cap);
     }
     if (unit.context_begin < unit.context_end) {
       set_ranges(true);
-      AttendNarrow(rows, unit.rows, context_key, context_value, unit.context_begin, unit.context_end, cap, ws.key,
-                   ws.value);
+      AttendNarrow(rows, unit.rows, context_key, context_value, unit.context_begin, unit.context_end, cap);
     }
     StoreStates<T>(call, unit, kv_head, ws.o, stride, ws.m, ws.d);
   }

@@ -56,6 +56,16 @@ HWY_INLINE Vec Tanh(Vec x) {
   return hn::Div(hn::Mul(x, p), q);
 }
 
+// One vector of a storage type as float.
+template <typename D>
+HWY_INLINE hn::Vec<D> LoadVec(D d, const float* from) {
+  return hn::LoadU(d, from);
+}
+template <typename D>
+HWY_INLINE hn::Vec<D> LoadVec(D d, const hwy::float16_t* from) {
+  return hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), from));
+}
+
 // Converts `count` elements between a storage type and float.
 HWY_INLINE void Load(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
@@ -64,18 +74,16 @@ HWY_INLINE void Store(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
 }
 template <typename D>
-HWY_INLINE void LoadHalf(D d, const hwy::float16_t* from, float* to) {
-  hn::StoreU(hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), from)), d, to);
-}
-template <typename D>
 HWY_INLINE void StoreHalf(D d, const float* from, hwy::float16_t* to) {
   const hn::Rebind<hwy::float16_t, D> half;
   hn::StoreU(hn::DemoteTo(half, hn::LoadU(d, from)), half, to);
 }
 HWY_INLINE void Load(const hwy::float16_t* from, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) LoadHalf(Lanes(), from + i, to + i);
-  for (; i < count; ++i) LoadHalf(hn::CappedTag<float, 1>(), from + i, to + i);
+  const Lanes lanes;
+  const hn::CappedTag<float, 1> one;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(LoadVec(lanes, from + i), lanes, to + i);
+  for (; i < count; ++i) hn::StoreU(LoadVec(one, from + i), one, to + i);
 }
 HWY_INLINE void Store(const float* from, int64_t count, hwy::float16_t* to) {
   int64_t i = 0;

@@ -43,17 +43,21 @@ HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumLanes(Vec v0, Vec v1, Vec v2, Vec 
                                   hn::BitCast(lanes, hn::InterleaveUpper(pairs, a2, b2))));
 }
 
-// The elements [i, i + lanes) of a row, zeros past head_dim.
-template <bool kPartial>
-HWY_INLINE Vec LoadRow(const float* row, int64_t i, int64_t head_dim) {
+// A vector of a key or value. kPartial: the last one where head_dim fills only its lower half, the rest is zero
+// (head_dim is a multiple of eight, so that happens with sixteen lanes only).
+template <bool kPartial, typename T>
+HWY_INLINE Vec LoadRow(const T* from) {
   const Lanes lanes;
-  if (!kPartial) return hn::LoadU(lanes, row + i);
-  return hn::MaskedLoad(hn::FirstN(lanes, static_cast<size_t>(head_dim - i)), lanes, row + i);
+  if constexpr (kPartial) {
+    return hn::ZeroExtendVector(lanes, LoadVec(hn::Half<Lanes>(), from));
+  } else {
+    return LoadVec(lanes, from);
+  }
 }
 
 // scores[row][key] for kRows rows and kKeys consecutive keys; kKeys is 4, or 1 for what is left over.
-template <int kRows, int kKeys>
-HWY_INLINE void ScoreFew(const NarrowRows& rows, const float* HWY_RESTRICT query, const float* HWY_RESTRICT key,
+template <int kRows, int kKeys, typename T>
+HWY_INLINE void ScoreFew(const NarrowRows& rows, const float* HWY_RESTRICT query, const T* HWY_RESTRICT key,
                          float* HWY_RESTRICT scores) {
   const Lanes lanes;
   const int64_t head_dim = rows.head_dim;
@@ -64,7 +68,7 @@ HWY_INLINE void ScoreFew(const NarrowRows& rows, const float* HWY_RESTRICT query
   }
   const auto add = [&](auto partial, int64_t i) HWY_ATTR {
     Vec keys[kKeys];
-    RELAY_UNROLL for (int k = 0; k < kKeys; ++k) keys[k] = LoadRow<partial()>(key + k * head_dim, i, head_dim);
+    RELAY_UNROLL for (int k = 0; k < kKeys; ++k) keys[k] = LoadRow<partial()>(key + k * head_dim + i);
     RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
       const Vec q = hn::Load(lanes, query + r * stride + i);
       RELAY_UNROLL for (int k = 0; k < kKeys; ++k) acc[r][k] = hn::MulAdd(q, keys[k], acc[r][k]);
@@ -72,7 +76,9 @@ HWY_INLINE void ScoreFew(const NarrowRows& rows, const float* HWY_RESTRICT query
   };
   int64_t i = 0;
   for (; i + kLanes <= head_dim; i += kLanes) add(std::false_type(), i);
-  if (i < head_dim) add(std::true_type(), i);
+  if constexpr (kLanes > 8) {
+    if (i < head_dim) add(std::true_type(), i);
+  }
   RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
     if constexpr (kKeys == 4) {
       hn::StoreU(SumLanes(acc[r][0], acc[r][1], acc[r][2], acc[r][3]), hn::FixedTag<float, 4>(),
@@ -83,17 +89,17 @@ HWY_INLINE void ScoreFew(const NarrowRows& rows, const float* HWY_RESTRICT query
   }
 }
 
-template <int kRows>
-HWY_NOINLINE void ScoreNarrow(const NarrowRows& rows, const float* query, const float* key, int64_t count) {
+template <int kRows, typename T>
+HWY_NOINLINE void ScoreNarrow(const NarrowRows& rows, const float* query, const T* key, int64_t count) {
   int64_t k = 0;
   for (; k + 4 <= count; k += 4) ScoreFew<kRows, 4>(rows, query, key + k * rows.head_dim, rows.scores + k);
   for (; k < count; ++k) ScoreFew<kRows, 1>(rows, query, key + k * rows.head_dim, rows.scores + k);
 }
 
 // o[row][i..] += sum over keys of weights[row][key] * value[key][i..], for kRows rows and kVecs vectors.
-template <int kRows, int kVecs, bool kPartial>
-HWY_NOINLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, const float* HWY_RESTRICT value,
-                                int64_t count, int64_t i, const float* HWY_RESTRICT weights) {
+template <int kRows, int kVecs, bool kPartial, typename T>
+HWY_NOINLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, const T* HWY_RESTRICT value,
+                                  int64_t count, int64_t i, const float* HWY_RESTRICT weights) {
   const Lanes lanes;
   float* HWY_RESTRICT o = rows.o + first_row * rows.stride + i;
   Vec acc[kRows][kVecs];
@@ -103,7 +109,7 @@ HWY_NOINLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, con
   for (int64_t k = 0; k < count; ++k) {
     Vec values[kVecs];
     RELAY_UNROLL for (int v = 0; v < kVecs; ++v) {
-      values[v] = LoadRow<kPartial>(value + k * rows.head_dim, i + v * kLanes, rows.head_dim);
+      values[v] = LoadRow<kPartial>(value + k * rows.head_dim + i + v * kLanes);
     }
     RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
       const Vec p = hn::Set(lanes, weights[r * kBlockKeys + k]);
@@ -148,9 +154,9 @@ HWY_NOINLINE float OnlineSoftmaxRow(const NarrowRows& rows, int64_t row, int64_t
 }
 
 // Adds one block of keys to kRows rows.
-template <int kRows>
-HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const float* key, const float* value,
-                            int64_t first, int64_t count, float cap) {
+template <int kRows, typename T>
+HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const T* key, const T* value, int64_t first,
+                            int64_t count, float cap) {
   const int64_t head_dim = rows.head_dim;
   ScoreNarrow<kRows>(rows, rows.query + first_row * rows.stride, key, count);
   const Lanes lanes;
@@ -170,18 +176,20 @@ HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const flo
   for (; i + kLanes <= head_dim; i += kLanes) {
     AddValueColumns<kRows, 1, false>(rows, first_row, value, count, i, rows.scores);
   }
-  if (i < head_dim) AddValueColumns<kRows, 1, true>(rows, first_row, value, count, i, rows.scores);
+  if constexpr (kLanes > 8) {
+    if (i < head_dim) AddValueColumns<kRows, 1, true>(rows, first_row, value, count, i, rows.scores);
+  }
 }
 
-// Adds keys [begin, end) to the states of `count` rows. T: float or hwy::float16_t, converted block by block.
+// Adds keys [begin, end) to the states of `row_count` rows. T: float or hwy::float16_t, converted as it is read.
 template <typename T>
 HWY_INLINE void AttendNarrow(const NarrowRows& rows, int64_t row_count, const T* key, const T* value, int64_t begin,
-                             int64_t end, float cap, float* key_block, float* value_block) {
+                             int64_t end, float cap) {
   const int64_t head_dim = rows.head_dim;
   for (int64_t first = begin; first < end; first += kBlockKeys) {
     const int64_t count = HWY_MIN(int64_t{kBlockKeys}, end - first);
-    const float* keys = AsFloat(key + first * head_dim, count * head_dim, key_block);
-    const float* values = AsFloat(value + first * head_dim, count * head_dim, value_block);
+    const T* keys = key + first * head_dim;
+    const T* values = value + first * head_dim;
     int64_t r = 0;
     for (; r + kNarrowRows <= row_count; r += kNarrowRows) {
       AttendBlock<kNarrowRows>(rows, r, keys, values, first, count, cap);
