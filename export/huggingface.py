@@ -11,11 +11,12 @@ function that says which keys a query sees, and that function is evaluated.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def load_huggingface(folder: Path, dtype: str) -> SourceModel:
     model = _load(folder, config, getattr(torch, dtype))
     with _registered(max_positions) as trace, torch.no_grad():
         _probe(model, trace, folder)
-        graph = _export(model, trace)
+        graph = _export(model, trace, folder)
     eos = token_list(getattr(model.generation_config, "eos_token_id", None)) or token_list(
         getattr(text_config, "eos_token_id", None)
     )
@@ -208,17 +209,23 @@ def _probe(model: Any, trace: _Trace, folder: Path) -> None:
         )
 
 
-def _export(model: Any, trace: _Trace) -> ir.Model:
-    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+def _export(model: Any, trace: _Trace, folder: Path) -> ir.Model:
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     trace.replay = iter(trace.masks)
     inputs = _inputs()
     with _quiet():
-        exported = torch.export.export(
-            _LogitsOnly(model), (), inputs, dynamic_shapes={name: dynamic for name in inputs}, strict=False
-        )
-        program = torch.onnx.export(
-            exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
-        )
+        try:
+            exported = torch.export.export(
+                _LogitsOnly(model), (), inputs, dynamic_shapes={name: dims for name in inputs}, strict=False
+            )
+            program = torch.onnx.export(
+                exported, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+            )
+        except Exception as error:  # torch's exporters raise many kinds, and explain themselves at the end
+            name = type(model).__name__
+            raise ExportError(
+                f"{folder}: torch cannot export {name} to ONNX: {_root_cause(error)}"
+            ) from error
     assert program is not None
     graph = program.model
     prefix = "model."  # of _LogitsOnly
@@ -226,10 +233,19 @@ def _export(model: Any, trace: _Trace) -> ir.Model:
         if value.name.startswith(prefix):
             value.name = value.name.removeprefix(prefix)
     graph.graph.outputs[0].name = "logits"
+    _take_sizes_from_input_ids(graph)
     run(graph, [FoldWeightTransposes()])
     with _quiet():
         onnxscript.optimizer.optimize(graph)
     return graph
+
+
+def _take_sizes_from_input_ids(model: ir.Model) -> None:
+    """All three inputs are [batch, sequence]; torch may have taken these sizes from any of them."""
+    input_ids, *others = model.graph.inputs
+    for node, index in [use for value in others for use in value.uses()]:
+        if node.op_type == "Shape" and not node.domain:
+            node.replace_input_with(index, input_ids)
 
 
 class _LogitsOnly(torch.nn.Module):
@@ -348,10 +364,11 @@ def _attention(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what torch's exporter and onnxscript say about their own insides."""
+    """Silences what torch's exporter and onnxscript log and print about their own insides."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    heap = io.StringIO()
+    with warnings.catch_warnings(), redirect_stdout(heap), redirect_stderr(heap):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -360,6 +377,12 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -168,3 +168,16 @@ def test_transformers_is_left_as_it_was(llama: Path) -> None:
     load_huggingface(llama, "float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_torch_cannot_export_is_said_with_its_root_cause(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("step 3 of 3 failed") from NotImplementedError("no function for aten::strange")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(
+        ExportError, match=r"cannot export LlamaForCausalLM.*NotImplementedError: no function for"
+    ):
+        load_huggingface(llama, "float32")
