@@ -33,6 +33,7 @@ from relay_attention.runtime.artifact import (
     Manifest,
     PrefixInfo,
     TokenIds,
+    file_sha256,
 )
 from relay_attention.runtime.text import TOKENIZER_FILES, TOKENIZER_NAME, Tokenizer
 
@@ -100,9 +101,7 @@ def export_model(
         dtype = _dtype(loaded.model)
         _write_model(loaded.model, folder, progress)
         eos = loaded.eos or ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
-        entries = {
-            path.name: FileEntry.of(path) for path in sorted(folder.iterdir()) if path.name != MODEL_NAME
-        }
+        entries = _file_entries(folder, progress)
         manifest = Manifest(
             model_id=_model_id(folder, entries),
             dtype=dtype,
@@ -254,6 +253,17 @@ def _write_model(model: ir.Model, folder: Path, progress: bool) -> None:
             align_threshold=_WEIGHT_ALIGNMENT,
             callback=advance,
         )
+
+
+def _file_entries(folder: Path, progress: bool) -> dict[str, FileEntry]:
+    """Sizes and hashes of the files that no prefix changes."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MODEL_NAME]
+    sizes = {path: path.stat().st_size for path in paths}
+    total = sum(sizes.values())
+    with tqdm(
+        total=total, desc="hashes", unit="B", unit_scale=True, disable=None if progress else True
+    ) as bar:
+        return {path.name: FileEntry(sizes[path], file_sha256(path, bar.update)) for path in paths}
 
 
 def _release_weights(model: ir.Model) -> None:

@@ -67,7 +67,7 @@ def replace_folder(output: Path) -> Iterator[Path]:
 
 
 def _prefix(output: Path) -> str:
-    return f".{output.name}.relay-"
+    return f".{output.name}.relay-export-"
 
 
 def _clear_abandoned(output: Path) -> None:

@@ -125,8 +125,9 @@ def make_prefix(
     tokenizer = Tokenizer.open(artifact.path)
     prompt = tokenize(tokenizer, system_prompt, template or manifest.prefix.template)
     max_positions = manifest.geometry.max_positions
-    wanted = max_context or min(manifest.max_context, max(1, max_positions - len(prompt.token_ids)))
-    max_context = choose_max_context(len(prompt.token_ids), max_positions, wanted)
+    if max_context is None:
+        max_context = min(manifest.max_context, max(1, max_positions - len(prompt.token_ids)))
+    max_context = choose_max_context(len(prompt.token_ids), max_positions, max_context)
     made_here = {MODEL_NAME, manifest.prefix.file, SYSTEM_PROMPT_NAME, MANIFEST_NAME}
     with replace_folder(artifact.path) as folder:
         for name in manifest.files:

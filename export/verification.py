@@ -142,6 +142,7 @@ def verify(
     batch
         that is prefilled in two calls. new_tokens: of each. tolerance: relative, None for 2e-4 (float32) or
         3e-2 (float16).
+    The weights of an artifact of a quantised model are not those of its reference: expect a larger tolerance.
     Raises: ArtifactError if a file of the artifact is damaged; ExportError if the reference cannot be loaded
     or is
         another kind of model.

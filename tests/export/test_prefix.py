@@ -89,6 +89,7 @@ def test_a_longer_prompt_makes_the_context_smaller_where_positions_end(artifact:
     [
         (" \n", {}, "is empty"),
         ("word " * 600, {}, r"has \d+ tokens, the model has 512 positions"),
+        (NEW, {"max_context": 0}, "at least 1 token"),
         (NEW, {"max_context": 510}, r"leave only \d+ of the model's 512"),
         (NEW, {"template": "chat"}, "no chat template"),
     ],
