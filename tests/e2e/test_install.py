@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own: no torch, no compiler, nothing but the engine and small packages."""
+"""The wheel in an environment of its own: no torch, no compiler, only the engine and small packages."""
 
 from __future__ import annotations
 
