@@ -173,8 +173,8 @@ def make_markdown() -> str:
         "",
         "Errors that a kernel reports when it runs, with the node's name, the argument and its value: shapes"
         " that disagree; negative lengths; query_lens[b] > S; context_lens[b] + query_lens[b] > Cmax; a"
-        " position beyond the rotary cache. Attributes, the number of inputs and head_dim are checked when the"
-        " session is made.",
+        " position beyond the rotary cache. Attributes, the number of inputs and head_dim are checked when"
+        " the session is made.",
         "",
     ]
     return "\n".join(lines)

@@ -25,8 +25,8 @@ std::string CheckAttributes(const Attributes& a) {
   if (a.num_heads < 1) return "num_heads = " + std::to_string(a.num_heads) + " must be at least 1";
   if (a.kv_num_heads < 1) return "kv_num_heads = " + std::to_string(a.kv_num_heads) + " must be at least 1";
   if (a.num_heads % a.kv_num_heads != 0) {
-    return "num_heads = " + std::to_string(a.num_heads) + " is not a multiple of kv_num_heads = " +
-           std::to_string(a.kv_num_heads);
+    return "num_heads = " + std::to_string(a.num_heads) +
+           " is not a multiple of kv_num_heads = " + std::to_string(a.kv_num_heads);
   }
   if (!std::isfinite(a.scale) || a.scale < 0) {
     return "scale = " + std::to_string(a.scale) + " must be finite and positive, or 0 for 1/sqrt(head_dim)";
@@ -35,7 +35,8 @@ std::string CheckAttributes(const Attributes& a) {
     return "softcap = " + std::to_string(a.softcap) + " must be finite and positive, or 0 for none";
   }
   if (a.local_window_size != -1 && a.local_window_size < 1) {
-    return "local_window_size = " + std::to_string(a.local_window_size) + " must be at least 1, or -1 for none";
+    return "local_window_size = " + std::to_string(a.local_window_size) +
+           " must be at least 1, or -1 for none";
   }
   if (a.do_rotary != 0 && a.do_rotary != 1) {
     return "do_rotary = " + std::to_string(a.do_rotary) + " must be 0 or 1";
@@ -61,8 +62,9 @@ std::string CheckHeadDim(const Attributes& attributes, const Shape& query) {
   }
   const int64_t head_dim = query[2] / attributes.num_heads;
   if (head_dim >= 8 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim) return "";
-  return "head_dim = " + std::to_string(head_dim) + " (query " + ToString(query) + " with num_heads = " +
-         std::to_string(attributes.num_heads) + ") must be a multiple of 8, at most " + std::to_string(kMaxHeadDim);
+  return "head_dim = " + std::to_string(head_dim) + " (query " + ToString(query) +
+         " with num_heads = " + std::to_string(attributes.num_heads) + ") must be a multiple of 8, at most " +
+         std::to_string(kMaxHeadDim);
 }
 
 std::string MakeGeometry(const Attributes& attributes, const std::vector<Shape>& inputs, Geometry* geometry) {
@@ -97,8 +99,9 @@ std::string MakeGeometry(const Attributes& attributes, const std::vector<Shape>&
   }
   const Shape& prefix = inputs[kPrefixKey];
   if (prefix.size() != 3 || prefix[0] != g.kv_num_heads || prefix[2] != g.head_dim) {
-    return Wrong(kPrefixKey, prefix,
-                 "[" + std::to_string(g.kv_num_heads) + ", prefix_length, " + std::to_string(g.head_dim) + "]");
+    return Wrong(
+        kPrefixKey, prefix,
+        "[" + std::to_string(g.kv_num_heads) + ", prefix_length, " + std::to_string(g.head_dim) + "]");
   }
   g.prefix_length = prefix[1];
   if (inputs[kPrefixValue] != prefix) return Wrong(kPrefixValue, inputs[kPrefixValue], ToString(prefix));
@@ -106,7 +109,8 @@ std::string MakeGeometry(const Attributes& attributes, const std::vector<Shape>&
   if (attributes.do_rotary) {
     const Shape& cos = inputs[kCosCache];
     if (cos.size() != 2 || cos[1] < 1 || 2 * cos[1] > g.head_dim) {
-      return Wrong(kCosCache, cos, "[max_positions, R/2] with R at most head_dim = " + std::to_string(g.head_dim));
+      return Wrong(kCosCache, cos,
+                   "[max_positions, R/2] with R at most head_dim = " + std::to_string(g.head_dim));
     }
     if (inputs[kSinCache] != cos) return Wrong(kSinCache, inputs[kSinCache], ToString(cos));
     g.max_positions = cos[0];
@@ -114,7 +118,8 @@ std::string MakeGeometry(const Attributes& attributes, const std::vector<Shape>&
   }
   // lengths and positions are int32 in every kernel
   for (int64_t size : {g.batch * g.sequence * g.group(), g.max_context + g.prefix_length}) {
-    if (size > INT32_MAX / 2) return "the tensors are too large: " + std::to_string(size) + " rows or positions";
+    if (size > INT32_MAX / 2)
+      return "the tensors are too large: " + std::to_string(size) + " rows or positions";
   }
   *geometry = g;
   return "";

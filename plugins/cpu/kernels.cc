@@ -1,6 +1,6 @@
-// Compiled once per instruction set: Highway includes this file again for each of them (foreach_target.h). Only
-// Highway's headers are used; the choice at run time is ours (ChooseKernels), as the distribution's Highway has its
-// own only as a shared library.
+// Compiled once per instruction set: Highway includes this file again for each of them (foreach_target.h).
+// Only Highway's headers are used; the choice at run time is ours (ChooseKernels), as the distribution's
+// Highway has its own only as a shared library.
 #include "plugins/cpu/kernels.h"
 
 #include <algorithm>
@@ -59,9 +59,9 @@ struct Workspace {
 #if RELAY_CPU_HAS_KERNELS(HWY_TARGET)
 
 #include "plugins/cpu/math-inl.h"
+#include "plugins/cpu/narrow-inl.h"
 #include "plugins/cpu/rows-inl.h"
 #include "plugins/cpu/state-inl.h"
-#include "plugins/cpu/narrow-inl.h"
 #include "plugins/cpu/wide-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -139,11 +139,13 @@ void Attend(const Call& call, const Unit& unit, int64_t kv_head, float* scratch)
                         ws.d,     ws.lo,       ws.hi,    ws.scores, ws.block_max};
     if (unit.prefix_begin < unit.prefix_end) {
       set_ranges(false);
-      AttendWide(tile, prefix_key, prefix_value, unit.prefix_begin, unit.prefix_end, cap, ws.key, ws.value);
+      AttendWide(tile, prefix_key, prefix_value, unit.prefix_begin, unit.prefix_end, g.prefix_length, cap,
+                 ws.key, ws.value);
     }
     if (unit.context_begin < unit.context_end) {
       set_ranges(true);
-      AttendWide(tile, context_key, context_value, unit.context_begin, unit.context_end, cap, ws.key, ws.value);
+      AttendWide(tile, context_key, context_value, unit.context_begin, unit.context_end, unit.context_end,
+                 cap, ws.key, ws.value);
     }
     Transpose(ws.o, head_dim, wide_stride, wide_stride, ws.rows, stride);
     StoreStates<T>(call, unit, kv_head, ws.rows, stride, ws.m, ws.d);
@@ -171,7 +173,8 @@ void MergeRows(const Call& call, const Merge& merge, int64_t kv_head, float* scr
     // row i of the `count` states that begin at slot, for the first kv head
     const auto add = [&](int64_t slot, int64_t count, int64_t i) HWY_ATTR {
       const float* states = call.partials + slot + kv_head * StateFloats(count, g.head_dim);
-      state.Merge(states + i * g.head_dim, states[count * g.head_dim + i], states[count * (g.head_dim + 1) + i]);
+      state.Merge(states + i * g.head_dim, states[count * g.head_dim + i],
+                  states[count * (g.head_dim + 1) + i]);
     };
     for (int64_t split = 0; split < merge.splits; ++split) {
       add(merge.slot + split * g.kv_num_heads * StateFloats(merge.rows, g.head_dim), merge.rows, r);
@@ -182,7 +185,8 @@ void MergeRows(const Call& call, const Merge& merge, int64_t kv_head, float* scr
           row - group.first_row);
     }
     state.Normalize();
-    Store(state.o, g.head_dim, static_cast<T*>(call.params.output) + RowOffset(g, call.plan.rows[row], kv_head));
+    Store(state.o, g.head_dim,
+          static_cast<T*>(call.params.output) + RowOffset(g, call.plan.rows[row], kv_head));
   }
 }
 
@@ -241,10 +245,12 @@ const Kernels& ChooseKernels(DataType dtype) {
   std::string supported;
   for (const Target& target : Targets()) {
     if (!target.supported) continue;
-    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, target.name) == 0) return target.kernels(dtype);
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, target.name) == 0)
+      return target.kernels(dtype);
     supported += std::string(supported.empty() ? "" : ", ") + target.name;
   }
-  if (supported.empty()) throw std::runtime_error("this CPU is too old: the kernels need SSE4.2, PCLMUL and AES");
+  if (supported.empty())
+    throw std::runtime_error("this CPU is too old: the kernels need SSE4.2, PCLMUL and AES");
   throw std::runtime_error("RELAY_ATTENTION_CPU_TARGET=" + std::string(wanted) +
                            " is not an instruction set of this CPU and this build; there are: " + supported);
 }

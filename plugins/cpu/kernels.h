@@ -15,8 +15,8 @@ struct Call {
 
 struct Kernels {
   const char* target;
-  // Row b of the batch, one kv head: copies past to present where they differ, appends the new keys (rotated) and
-  // values, and clears the output of the tokens past query_lens.
+  // Row b of the batch, one kv head: copies past to present where they differ, appends the new keys (rotated)
+  // and values, and clears the output of the tokens past query_lens.
   void (*prepare)(const RelayParams& params, int64_t batch, int64_t kv_head, float* scratch);
   // One unit of the plan, one kv head. `scratch`: ScratchFloats(head_dim) floats, 64-byte aligned.
   void (*attend)(const Call& call, const Unit& unit, int64_t kv_head, float* scratch);

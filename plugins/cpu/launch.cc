@@ -12,7 +12,7 @@ namespace relay::cpu {
 namespace {
 
 // Work below this many bytes is done at once: waking threads costs more.
-constexpr int64_t kSerialBytes = 32 << 10;
+constexpr int64_t kSerialBytes = 128 << 10;
 
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
@@ -72,26 +72,29 @@ void RelayAttention(const Kernels& kernels, const RelayParams& params, Host& hos
 
   const bool in_place = params.past_key == params.present_key && params.past_value == params.present_value;
   const int64_t new_bytes = g.batch * g.sequence * (g.num_heads + 2 * heads) * g.head_dim * 4;
-  ForEach(host, g.batch * heads, g.head_dim, in_place && new_bytes < kSerialBytes, [&](int64_t i, float* scratch) {
-    kernels.prepare(params, i / heads, i % heads, scratch);
-  });
+  ForEach(host, g.batch * heads, g.head_dim, in_place && new_bytes < kSerialBytes,
+          [&](int64_t i, float* scratch) { kernels.prepare(params, i / heads, i % heads, scratch); });
 
-  // prefix units of all heads first: they are the long ones
+  // Prefix units are bound by arithmetic, context units by memory: spread evenly over the list, they overlap.
   const int64_t prefix_units = static_cast<int64_t>(plan.prefix_units.size());
   const int64_t context_units = static_cast<int64_t>(plan.context_units.size());
-  ForEach(host, (prefix_units + context_units) * heads, g.head_dim, false, [&](int64_t i, float* scratch) {
-    if (i < prefix_units * heads) {
-      kernels.attend(call, plan.prefix_units[i % prefix_units], i / prefix_units, scratch);
+  const int64_t prefix_count = prefix_units * heads;
+  const int64_t count = prefix_count + context_units * heads;
+  const auto prefixes_before = [&](int64_t i) { return (i * prefix_count + count - 1) / count; };
+  ForEach(host, count, g.head_dim, false, [&](int64_t i, float* scratch) {
+    const int64_t p = prefixes_before(i);
+    if (p < prefixes_before(i + 1)) {
+      kernels.attend(call, plan.prefix_units[p % prefix_units], p / prefix_units, scratch);
     } else {
-      i -= prefix_units * heads;
-      kernels.attend(call, plan.context_units[i / heads], i % heads, scratch);
+      const int64_t c = i - p;
+      kernels.attend(call, plan.context_units[c / heads], c % heads, scratch);
     }
   });
 
   const int64_t merges = static_cast<int64_t>(plan.merges.size());
-  ForEach(host, merges * heads, g.head_dim, plan.partial_floats * 4 < kSerialBytes, [&](int64_t i, float* scratch) {
-    kernels.merge(call, plan.merges[i / heads], i % heads, scratch);
-  });
+  ForEach(
+      host, merges * heads, g.head_dim, plan.partial_floats * 4 < kSerialBytes,
+      [&](int64_t i, float* scratch) { kernels.merge(call, plan.merges[i / heads], i % heads, scratch); });
 }
 
 }  // namespace relay::cpu

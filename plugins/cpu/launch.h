@@ -28,7 +28,8 @@ struct RelayParams {
   const void* cos_cache = nullptr;
   const void* sin_cache = nullptr;
   void* output = nullptr;
-  void* present_key = nullptr;  // == past_key: appended in place; else past is copied first. No partial overlap.
+  void* present_key =
+      nullptr;  // == past_key: appended in place; else past is copied first. No partial overlap.
   void* present_value = nullptr;
 };
 
@@ -44,8 +45,9 @@ class Host {
 
 struct Kernels;  // of one instruction set and one storage type
 
-// The kernels of the best instruction set that this CPU runs: "avx512", "avx2", "sse4" or "neon". The environment
-// variable RELAY_ATTENTION_CPU_TARGET names another, for tests. Throws std::runtime_error where it cannot be had.
+// The kernels of the best instruction set that this CPU runs: "avx512", "avx2", "sse4" or "neon". The
+// environment variable RELAY_ATTENTION_CPU_TARGET names another, for tests. Throws std::runtime_error where
+// it cannot be had.
 const Kernels& ChooseKernels(DataType dtype);
 
 // Runs the op. The result does not depend on the number of threads, bit for bit.

@@ -1,5 +1,6 @@
-// Few query rows: a vector holds consecutive elements of one row of head_dim. Each key and value is read once for a
-// group of rows; the work is bound by memory, so sums across lanes are merely kept cheap (four keys at a time).
+// Few query rows: a vector holds consecutive elements of one row of head_dim. Each key and value is read once
+// for a group of rows; the work is bound by memory, so sums across lanes are merely kept cheap (four keys at
+// a time).
 #if defined(RELAY_CPU_NARROW_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef RELAY_CPU_NARROW_INL_H_
 #undef RELAY_CPU_NARROW_INL_H_
@@ -21,14 +22,14 @@ inline constexpr int kNarrowVecs = 4;
 
 struct NarrowRows {
   int64_t head_dim;
-  int64_t stride;       // head_dim rounded up to whole vectors
-  const float* query;   // [rows, stride], scaled, zeros past head_dim
-  float* o;             // [rows, stride]
-  float* m;             // [rows]
-  float* d;             // [rows]
-  const int32_t* lo;    // [rows] first visible key
-  const int32_t* hi;    // [rows] one past the last
-  float* scores;        // [kNarrowRows, kBlockKeys]
+  int64_t stride;      // head_dim rounded up to whole vectors
+  const float* query;  // [rows, stride], scaled, zeros past head_dim
+  float* o;            // [rows, stride]
+  float* m;            // [rows]
+  float* d;            // [rows]
+  const int32_t* lo;   // [rows] first visible key
+  const int32_t* hi;   // [rows] one past the last
+  float* scores;       // [kNarrowRows, kBlockKeys]
 };
 
 // Lane i of the result (i < 4) is the sum over all lanes of the i-th vector.
@@ -43,8 +44,8 @@ HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumLanes(Vec v0, Vec v1, Vec v2, Vec 
                                   hn::BitCast(lanes, hn::InterleaveUpper(pairs, a2, b2))));
 }
 
-// A vector of a key or value. kPartial: the last one where head_dim fills only its lower half, the rest is zero
-// (head_dim is a multiple of eight, so that happens with sixteen lanes only).
+// A vector of a key or value. kPartial: the last one where head_dim fills only its lower half, the rest is
+// zero (head_dim is a multiple of eight, so that happens with sixteen lanes only).
 template <bool kPartial, typename T>
 HWY_INLINE Vec LoadRow(const T* from) {
   const Lanes lanes;
@@ -104,7 +105,8 @@ HWY_NOINLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, con
   float* HWY_RESTRICT o = rows.o + first_row * rows.stride + i;
   Vec acc[kRows][kVecs];
   RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
-    RELAY_UNROLL for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::Load(lanes, o + r * rows.stride + v * kLanes);
+    RELAY_UNROLL for (int v = 0; v < kVecs; ++v) acc[r][v] =
+        hn::Load(lanes, o + r * rows.stride + v * kLanes);
   }
   for (int64_t k = 0; k < count; ++k) {
     Vec values[kVecs];
@@ -117,13 +119,14 @@ HWY_NOINLINE void AddValueColumns(const NarrowRows& rows, int64_t first_row, con
     }
   }
   RELAY_UNROLL for (int r = 0; r < kRows; ++r) {
-    RELAY_UNROLL for (int v = 0; v < kVecs; ++v) hn::Store(acc[r][v], lanes, o + r * rows.stride + v * kLanes);
+    RELAY_UNROLL for (int v = 0; v < kVecs; ++v)
+        hn::Store(acc[r][v], lanes, o + r * rows.stride + v * kLanes);
   }
 }
 
 // Scores of one row become weights, in place; returns by how much the row's o has to be rescaled.
-HWY_NOINLINE float OnlineSoftmaxRow(const NarrowRows& rows, int64_t row, int64_t first, int64_t count, float cap,
-                                  float* scores) {
+HWY_NOINLINE float OnlineSoftmaxRow(const NarrowRows& rows, int64_t row, int64_t first, int64_t count,
+                                    float cap, float* scores) {
   const Lanes lanes;
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -155,8 +158,8 @@ HWY_NOINLINE float OnlineSoftmaxRow(const NarrowRows& rows, int64_t row, int64_t
 
 // Adds one block of keys to kRows rows.
 template <int kRows, typename T>
-HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const T* key, const T* value, int64_t first,
-                            int64_t count, float cap) {
+HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const T* key, const T* value,
+                            int64_t first, int64_t count, float cap) {
   const int64_t head_dim = rows.head_dim;
   ScoreNarrow<kRows>(rows, rows.query + first_row * rows.stride, key, count);
   const Lanes lanes;
@@ -181,10 +184,11 @@ HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const T* 
   }
 }
 
-// Adds keys [begin, end) to the states of `row_count` rows. T: float or hwy::float16_t, converted as it is read.
+// Adds keys [begin, end) to the states of `row_count` rows. T: float or hwy::float16_t, converted as it is
+// read.
 template <typename T>
-HWY_INLINE void AttendNarrow(const NarrowRows& rows, int64_t row_count, const T* key, const T* value, int64_t begin,
-                             int64_t end, float cap) {
+HWY_INLINE void AttendNarrow(const NarrowRows& rows, int64_t row_count, const T* key, const T* value,
+                             int64_t begin, int64_t end, float cap) {
   const int64_t head_dim = rows.head_dim;
   for (int64_t first = begin; first < end; first += kBlockKeys) {
     const int64_t count = HWY_MIN(int64_t{kBlockKeys}, end - first);

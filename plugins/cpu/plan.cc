@@ -25,8 +25,8 @@ class Planner {
     const int64_t most_splits = std::max<int64_t>(1, g_.prefix_length / kMinSplitKeys);
     splits_ = tiles == 0 ? 1 : std::clamp<int64_t>((kTargetTiles + tiles - 1) / tiles, 1, most_splits);
 
-    // Full tiles of one request take prefix and context in one go. What is left of each request is pooled, so that
-    // few rows share a tile. Where there are few tiles, everything is pooled and the keys are split.
+    // Full tiles of one request take prefix and context in one go. What is left of each request is pooled, so
+    // that few rows share a tile. Where there are few tiles, everything is pooled and the keys are split.
     for (int64_t b = 0; b < g_.batch && splits_ == 1; ++b) {
       const int64_t rows = params_.query_lens[b] * group;
       for (int64_t r = 0; r + kTileRows <= rows; r += kTileRows) AddWholeTile(b, r);
@@ -126,8 +126,8 @@ class Planner {
         lowest = std::min(lowest, lowest_position_[g]);
       }
       const Range keys = PrefixKeys(lowest);
-      const int32_t splits = static_cast<int32_t>(
-          std::clamp<int64_t>(splits_, keys.size() > 0 ? 1 : 0, (keys.size() + kMinSplitKeys - 1) / kMinSplitKeys));
+      const int32_t splits = static_cast<int32_t>(std::clamp<int64_t>(
+          splits_, keys.size() > 0 ? 1 : 0, (keys.size() + kMinSplitKeys - 1) / kMinSplitKeys));
       merge.splits = splits;
       const int32_t blocks = (keys.size() + kBlockKeys - 1) / kBlockKeys;
       tiles.emplace_back();

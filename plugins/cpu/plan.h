@@ -1,5 +1,5 @@
-// How one call is cut into units of work. A plan depends on shapes and lengths alone, never on the number of threads,
-// so the same call gives the same bits on any machine of one instruction set.
+// How one call is cut into units of work. A plan depends on shapes and lengths alone, never on the number of
+// threads, so the same call gives the same bits on any machine of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ inline constexpr int kTargetTiles = 64;               // the prefix is split unt
 
 // A query row: one token and one of the heads that share a kv head.
 struct Row {
-  int64_t offset;      // of its head_dim elements in query and output, for the first kv head; +G*D for the next
+  int64_t offset;  // of its head_dim elements in query and output, for the first kv head; +G*D for the next
   int32_t batch;
   int32_t context_hi;  // one past the last context key it sees; its absolute position is P + context_hi - 1
 };
@@ -28,7 +28,8 @@ struct Unit {
   int32_t rows = 0;  // at most kTileRows
   int32_t prefix_begin = 0, prefix_end = 0;
   int32_t context_begin = 0, context_end = 0;  // where not empty, all rows belong to one request
-  int64_t slot = -1;  // where partial states go, in floats; -1: these are all the keys, the result is the output
+  int64_t slot =
+      -1;  // where partial states go, in floats; -1: these are all the keys, the result is the output
 };
 
 // The context of up to kTileRows rows of one request, in `chunks` units.

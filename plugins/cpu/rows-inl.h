@@ -17,8 +17,10 @@ HWY_INLINE void Rotate(const RelayParams& params, int64_t position, float* HWY_R
   if (half == 0) return;
   alignas(64) float cos_row[kMaxHeadDim / 2];
   alignas(64) float sin_row[kMaxHeadDim / 2];
-  const float* HWY_RESTRICT cos = AsFloat(static_cast<const T*>(params.cos_cache) + position * half, half, cos_row);
-  const float* HWY_RESTRICT sin = AsFloat(static_cast<const T*>(params.sin_cache) + position * half, half, sin_row);
+  const float* HWY_RESTRICT cos =
+      AsFloat(static_cast<const T*>(params.cos_cache) + position * half, half, cos_row);
+  const float* HWY_RESTRICT sin =
+      AsFloat(static_cast<const T*>(params.sin_cache) + position * half, half, sin_row);
   if (params.attributes.rotary_interleaved) {
     for (int64_t i = 0; i < half; ++i) {
       const float a = x[2 * i], b = x[2 * i + 1];
@@ -66,7 +68,8 @@ void Prepare(const RelayParams& params, int64_t batch, int64_t kv_head, float* s
   }
   const int64_t width = g.group() * g.head_dim;  // of this kv head in one token's output
   for (int64_t s = params.query_lens[batch]; s < g.sequence; ++s) {
-    T* output = static_cast<T*>(params.output) + ((batch * g.sequence + s) * g.kv_num_heads + kv_head) * width;
+    T* output =
+        static_cast<T*>(params.output) + ((batch * g.sequence + s) * g.kv_num_heads + kv_head) * width;
     std::memset(output, 0, static_cast<size_t>(width) * sizeof(T));
   }
 }
@@ -87,8 +90,8 @@ HWY_INLINE int64_t RowOffset(const Geometry& g, const Row& row, int64_t kv_head)
 
 // Query row as float, rotated and scaled, zeros up to `stride`.
 template <typename T>
-HWY_INLINE void LoadQuery(const RelayParams& params, const Row& row, int64_t kv_head, float scale, int64_t stride,
-                          float* x) {
+HWY_INLINE void LoadQuery(const RelayParams& params, const Row& row, int64_t kv_head, float scale,
+                          int64_t stride, float* x) {
   const Geometry& g = params.geometry;
   const int64_t head_dim = g.head_dim;
   Load(static_cast<const T*>(params.query) + RowOffset(g, row, kv_head), head_dim, x);

@@ -12,9 +12,9 @@ namespace HWY_NAMESPACE {
 
 // Scores are in base 2 throughout: s = score * log2(e), so that e^score = 2^s. After FlashInfer's state_t.
 struct State {
-  float* o;   // [head_dim]: sum of 2^(s - m) * value over the keys
-  float m;    // largest s, -inf where there is no key
-  float d;    // sum of 2^(s - m)
+  float* o;  // [head_dim]: sum of 2^(s - m) * value over the keys
+  float m;   // largest s, -inf where there is no key
+  float d;   // sum of 2^(s - m)
   int64_t head_dim;
 
   // Adds the keys of `other`. No key on one side leaves the other side's result.

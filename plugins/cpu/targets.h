@@ -1,13 +1,14 @@
-// Which instruction sets kernels.cc is compiled for, and whether this CPU runs them. Before any Highway header.
+// Which instruction sets kernels.cc is compiled for, and whether this CPU runs them. Before any Highway
+// header.
 #pragma once
 
 #if defined(__x86_64__)
 
 #include <cpuid.h>
 
-// AVX-512 (F, CD, VL, DQ, BW), AVX2 and SSE4. Not the later AVX-512 sets (bits 0 to 7) and SSSE3 (bit 12): they would
-// add nothing here. By number, as older Highway lacks some of the names. Highway insists on compiling its baseline
-// target too (scalar code in release 1.0.3); that one stays empty.
+// AVX-512 (F, CD, VL, DQ, BW), AVX2 and SSE4. Not the later AVX-512 sets (bits 0 to 7) and SSSE3 (bit 12):
+// they would add nothing here. By number, as older Highway lacks some of the names. Highway insists on
+// compiling its baseline target too (scalar code in release 1.0.3); that one stays empty.
 #define HWY_DISABLED_TARGETS (0xFFLL | (1LL << 12))
 #define RELAY_CPU_HAS_KERNELS(target) ((target) & (HWY_AVX3 | HWY_AVX2 | HWY_SSE4))
 
@@ -15,8 +16,9 @@ namespace relay::cpu {
 
 // Each asks for all that Highway lets the compiler use for that target.
 inline bool HasSse4() {
-  return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("sse4.2") &&
-         __builtin_cpu_supports("aes") && __builtin_cpu_supports("pclmul");
+  return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") &&
+         __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("aes") &&
+         __builtin_cpu_supports("pclmul");
 }
 
 inline bool HasAvx2() {

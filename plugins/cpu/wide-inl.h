@@ -1,8 +1,8 @@
 // Many query rows against the same keys: a vector holds one element of as many rows as it has lanes.
 //
-// A tile of up to kTileRows rows, transposed, stays in the cache while the keys stream past once. Per block of keys
-// S^T = K Q^T, then an online softmax that needs no sum across lanes, then O^T += V^T P. Keys and values are used as
-// they lie in memory, one broadcast element at a time.
+// A tile of up to kTileRows rows, transposed, stays in the cache while the keys stream past once. Per block
+// of keys S^T = K Q^T, then an online softmax that needs no sum across lanes, then O^T += V^T P. Keys and
+// values are used as they lie in memory, one broadcast element at a time.
 #if defined(RELAY_CPU_WIDE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef RELAY_CPU_WIDE_INL_H_
 #undef RELAY_CPU_WIDE_INL_H_
@@ -18,9 +18,14 @@ namespace HWY_NAMESPACE {
 #if HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM_A64
 inline constexpr int kWideVecs = 4;  // 32 registers
 template <int kVecs>
-inline constexpr int kWideKeys = kVecs == 4 ? 6 : kVecs == 3 ? 8 : kVecs == 2 ? 12 : 16;
+inline constexpr int kWideKeys = kVecs == 4   ? 6
+                                 : kVecs == 3 ? 8
+                                 : kVecs == 2 ? 12
+                                              : 16;
 template <int kVecs>
-inline constexpr int kWideDims = kVecs == 4 ? 4 : kVecs == 1 ? 16 : 8;
+inline constexpr int kWideDims = kVecs == 4   ? 4
+                                 : kVecs == 1 ? 16
+                                              : 8;
 #else
 inline constexpr int kWideVecs = 2;  // 16 registers
 template <int kVecs>
@@ -29,21 +34,23 @@ template <int kVecs>
 inline constexpr int kWideDims = kVecs == 2 ? 4 : 8;
 #endif
 
-// The tile of query rows and its softmax state; `stride` floats from one element to the next, one lane per row.
+// The tile of query rows and its softmax state; `stride` floats from one element to the next, one lane per
+// row.
 struct WideTile {
   int64_t head_dim;
-  int64_t stride;       // rows, rounded up to whole vectors
-  const float* query;   // Q^T [head_dim, stride], scaled
-  float* o;             // O^T [head_dim, stride]
-  float* m;             // [stride]
-  float* d;             // [stride]
-  const int32_t* lo;    // [stride] first visible key of each row
-  const int32_t* hi;    // [stride] one past the last
-  float* scores;        // S^T [kBlockKeys, stride]
-  float* block_max;     // [stride]
+  int64_t stride;      // rows, rounded up to whole vectors
+  const float* query;  // Q^T [head_dim, stride], scaled
+  float* o;            // O^T [head_dim, stride]
+  float* m;            // [stride]
+  float* d;            // [stride]
+  const int32_t* lo;   // [stride] first visible key of each row
+  const int32_t* hi;   // [stride] one past the last
+  float* scores;       // S^T [kBlockKeys, stride]
+  float* block_max;    // [stride]
 };
 
-// scores[key][row] = K[key] . Q[row] for kKeys keys and kVecs vectors of rows; block_max takes the maximum along.
+// scores[key][row] = K[key] . Q[row] for kKeys keys and kVecs vectors of rows; block_max takes the maximum
+// along.
 template <int kVecs, int kKeys>
 HWY_INLINE void ScoreTile(const float* HWY_RESTRICT query, const float* HWY_RESTRICT key, int64_t head_dim,
                           int64_t stride, float* HWY_RESTRICT scores, float* HWY_RESTRICT block_max) {
@@ -70,17 +77,18 @@ HWY_INLINE void ScoreTile(const float* HWY_RESTRICT query, const float* HWY_REST
   }
 }
 
-// Asks memory for what is needed next while the keys of a block are scored: this block's values, the next block's keys.
-// A tile is bound by arithmetic, so the wait for memory hides behind it. (Few rows are bound by memory: there the
-// hardware's own prefetching did better, see docs/performance.md.)
+// Asks memory for what is needed next while the keys of a block are scored: this block's values, the next
+// block's keys. A tile is bound by arithmetic, so the wait for memory hides behind it. (Few rows are bound by
+// memory: there the hardware's own prefetching did better, see docs/performance.md.)
 struct Ahead {
-  // The next block begins at key `next`; there are `end` keys.
+  // This block begins at key `first`, the next one at `next`; there are `key_count` keys.
   template <typename T>
-  HWY_INLINE Ahead(const T* keys, const T* values, int64_t head_dim, int64_t first, int64_t next, int64_t end)
+  HWY_INLINE Ahead(const T* keys, const T* values, int64_t head_dim, int64_t first, int64_t next,
+                   int64_t key_count)
       : key(reinterpret_cast<const char*>(keys + next * head_dim)),
         value(reinterpret_cast<const char*>(values + first * head_dim)),
         row_bytes(head_dim * static_cast<int64_t>(sizeof(T))),
-        next_count(end - next) {}
+        next_count(key_count - next) {}
 
   // The share of keys [begin, end) of the block.
   HWY_INLINE void Fetch(int64_t begin, int64_t end) const {
@@ -97,8 +105,8 @@ struct Ahead {
 
 // scores of `count` keys for kVecs vectors of rows.
 template <int kVecs>
-HWY_NOINLINE void ScoreKeys(const float* query, const float* key, int64_t count, int64_t head_dim, int64_t stride,
-                          float* scores, float* block_max, const Ahead& ahead) {
+HWY_NOINLINE void ScoreKeys(const float* query, const float* key, int64_t count, int64_t head_dim,
+                            int64_t stride, float* scores, float* block_max, const Ahead& ahead) {
   constexpr int kKeys = kWideKeys<kVecs>;
   int64_t k = 0;
   for (; k + kKeys <= count; k += kKeys) {
@@ -119,7 +127,8 @@ HWY_NOINLINE void ScoreKeys(const float* query, const float* key, int64_t count,
   }
 }
 
-// o[dim][row] += sum over keys of value[key][dim] * weights[key][row], for kDims dims and kVecs vectors of rows.
+// o[dim][row] += sum over keys of value[key][dim] * weights[key][row], for kDims dims and kVecs vectors of
+// rows.
 template <int kVecs, int kDims>
 HWY_INLINE void ValueTile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT value, int64_t count,
                           int64_t head_dim, int64_t stride, float* HWY_RESTRICT o) {
@@ -143,7 +152,7 @@ HWY_INLINE void ValueTile(const float* HWY_RESTRICT weights, const float* HWY_RE
 
 template <int kVecs>
 HWY_NOINLINE void AddValues(const float* weights, const float* value, int64_t count, int64_t head_dim,
-                          int64_t stride, float* o) {
+                            int64_t stride, float* o) {
   constexpr int kDims = kWideDims<kVecs>;
   int64_t i = 0;
   for (; i + kDims <= head_dim; i += kDims) {
@@ -229,10 +238,11 @@ HWY_NOINLINE void OnlineSoftmax(const WideTile& tile, int64_t count) {
   }
 }
 
-// Adds keys [begin, end) to the state of the tile. T: float or hwy::float16_t, converted block by block.
+// Adds keys [begin, end) of `key_count` to the state of the tile. T: float or hwy::float16_t, converted block
+// by block.
 template <typename T>
-HWY_INLINE void AttendWide(const WideTile& tile, const T* key, const T* value, int64_t begin, int64_t end, float cap,
-                           float* key_block, float* value_block) {
+HWY_INLINE void AttendWide(const WideTile& tile, const T* key, const T* value, int64_t begin, int64_t end,
+                           int64_t key_count, float cap, float* key_block, float* value_block) {
   int32_t lo = 0;
   int32_t hi = INT32_MAX;
   for (int64_t r = 0; r < tile.stride; ++r) {
@@ -243,9 +253,8 @@ HWY_INLINE void AttendWide(const WideTile& tile, const T* key, const T* value, i
   for (int64_t first = begin; first < end; first += kBlockKeys) {
     const int64_t count = HWY_MIN(int64_t{kBlockKeys}, end - first);
     const float* keys = AsFloat(key + first * head_dim, count * head_dim, key_block);
-    const float* values = AsFloat(value + first * head_dim, count * head_dim, value_block);
     std::fill_n(tile.block_max, tile.stride, -std::numeric_limits<float>::infinity());
-    const Ahead ahead(key, value, head_dim, first, first + count, end);
+    const Ahead ahead(key, value, head_dim, first, first + count, key_count);
     ForEachColumns(tile.stride, [&](auto vecs, int64_t column) HWY_ATTR {
       ScoreKeys<vecs()>(tile.query + column, keys, count, head_dim, tile.stride, tile.scores + column,
                         tile.block_max + column, ahead);
@@ -253,6 +262,7 @@ HWY_INLINE void AttendWide(const WideTile& tile, const T* key, const T* value, i
     const bool masked = first < lo || first + count > hi;
     if (masked || cap != 0.0f) CapAndMask(tile, first, count, cap, masked);
     OnlineSoftmax(tile, count);
+    const float* values = AsFloat(value + first * head_dim, count * head_dim, value_block);
     ForEachColumns(tile.stride, [&](auto vecs, int64_t column) HWY_ATTR {
       AddValues<vecs()>(tile.scores + column, values, count, head_dim, tile.stride, tile.o + column);
     });

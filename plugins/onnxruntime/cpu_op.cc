@@ -1,7 +1,6 @@
-#include "plugins/cpu/launch.h"
-
 #include <vector>
 
+#include "plugins/cpu/launch.h"
 #include "plugins/onnxruntime/relay_op.h"
 
 namespace relay::ort {

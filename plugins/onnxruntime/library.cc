@@ -1,5 +1,5 @@
-// The entry point of the custom-op library. It links no engine: ONNX Runtime hands its API over at load time, in the
-// newest version that both sides know, so one file serves old and new releases.
+// The entry point of the custom-op library. It links no engine: ONNX Runtime hands its API over at load time,
+// in the newest version that both sides know, so one file serves old and new releases.
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include "plugins/onnxruntime/relay_op.h"
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                                const OrtApiBase* base) {
+                                                                               const OrtApiBase* base) {
   // A release 1.N offers the API versions up to N. Asking for more would print a complaint.
   const char* release = base->GetVersionString();  // "1.N.P"
   const uint32_t offered = static_cast<uint32_t>(std::strtoul(release + 2, nullptr, 10));

@@ -24,7 +24,8 @@ void ReadAttribute(const OrtKernelInfo* info, const char* name, T* value) {
                      (std::is_same_v<T, float> ? "a float" : "an integer") + ": " + status.GetErrorMessage());
 }
 
-// The node's shape of an input as the session knows it, -1 for what it does not know; empty where it knows nothing.
+// The node's shape of an input as the session knows it, -1 for what it does not know; empty where it knows
+// nothing.
 Shape StaticShape(const Ort::ConstKernelInfo& info, Input input) {
   const Ort::TypeInfo type = info.GetInputTypeInfo(input);
   if (type.GetONNXType() != ONNX_TYPE_TENSOR) return {};
@@ -44,7 +45,8 @@ std::string NodeName(const OrtKernelInfo* info) {
 
 OrtStatusPtr StatusOfException(const std::string& node) noexcept {
   const auto status = [&node](OrtErrorCode code, const char* reason) {
-    return Ort::GetApi().CreateStatus(code, (std::string(kOpName) + " node '" + node + "': " + reason).c_str());
+    return Ort::GetApi().CreateStatus(code,
+                                      (std::string(kOpName) + " node '" + node + "': " + reason).c_str());
   };
   try {
     throw;
@@ -104,7 +106,8 @@ Tensors RelayKernel::BindTensors(Ort::KernelContext& context) const {
   if (!problem.empty()) throw InvalidInput(problem);
   tensors.outputs[kOutput] = context.GetOutput(kOutput, shapes[kQuery]).GetTensorMutableRawData();
   tensors.outputs[kPresentKey] = context.GetOutput(kPresentKey, shapes[kPastKey]).GetTensorMutableRawData();
-  tensors.outputs[kPresentValue] = context.GetOutput(kPresentValue, shapes[kPastValue]).GetTensorMutableRawData();
+  tensors.outputs[kPresentValue] =
+      context.GetOutput(kPresentValue, shapes[kPastValue]).GetTensorMutableRawData();
   return tensors;
 }
 
@@ -113,7 +116,8 @@ OrtStatusPtr InferShapes(OrtShapeInferContext* context) noexcept {
   const OrtApi& api = Ort::GetApi();
   for (size_t output = 0; output < kOutputCount; ++output) {
     OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
-    if (OrtStatusPtr status = api.ShapeInferContext_GetInputTypeShape(context, kSource[output], &info)) return status;
+    if (OrtStatusPtr status = api.ShapeInferContext_GetInputTypeShape(context, kSource[output], &info))
+      return status;
     if (OrtStatusPtr status = api.ShapeInferContext_SetOutputTypeShape(context, output, info)) return status;
   }
   return nullptr;

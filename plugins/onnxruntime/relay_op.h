@@ -1,5 +1,6 @@
-// What the ONNX Runtime kernels of relay::RelayAttention share, whatever device they run on: the op's description,
-// attributes, checks, tensors. A backend derives from RelayKernel and registers a RelayOp of its kernel (cpu_op.cc).
+// What the ONNX Runtime kernels of relay::RelayAttention share, whatever device they run on: the op's
+// description, attributes, checks, tensors. A backend derives from RelayKernel and registers a RelayOp of its
+// kernel (cpu_op.cc).
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
@@ -11,7 +12,8 @@
 
 namespace relay::ort {
 
-// The API version that ONNX Runtime and these headers both know, at least kMinApiVersion. Set by RegisterCustomOps.
+// The API version that ONNX Runtime and these headers both know, at least kMinApiVersion. Set by
+// RegisterCustomOps.
 inline constexpr uint32_t kMinApiVersion = 18;
 extern uint32_t api_version;
 
@@ -57,8 +59,8 @@ OrtStatusPtr InferShapes(OrtShapeInferContext* context) noexcept;
 size_t MayInplace(int** inputs, int** outputs);
 void ReleaseMayInplace(int* inputs, int* outputs);
 
-// The op's description for one kernel class, execution provider and tensor type. ONNX Runtime takes several ops of
-// one name as overloads by type.
+// The op's description for one kernel class, execution provider and tensor type. ONNX Runtime takes several
+// ops of one name as overloads by type.
 template <typename TKernel>
 struct RelayOp : Ort::CustomOpBase<RelayOp<TKernel>, TKernel, true> {
   RelayOp(const char* execution_provider, ONNXTensorElementDataType type)
