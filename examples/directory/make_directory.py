@@ -97,9 +97,9 @@ def make_request(rng: random.Random, entry: Entry) -> dict[str, str]:
 
 
 def make_directory(
-    seed: int, entries: int = 256, requests: int = 32, pairs: tuple[tuple[int, int], ...] = ALL_PAIRS
+    seed: int, entries: int = 224, requests: int = 32, pairs: tuple[tuple[int, int], ...] = ALL_PAIRS
 ) -> tuple[str, list[dict[str, str]]]:
-    """The system prompt (256 entries are about 1,800 tokens) and requests for names drawn from it."""
+    """The system prompt (224 entries are about 1,580 tokens) and requests for names drawn from it."""
     rng = random.Random(f"directory {seed}")
     directory = make_entries(rng, entries, pairs)
     prompt = format_system_prompt(directory, rng.choice(HEADERS))
@@ -113,7 +113,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--entries", type=int, default=256, help="lines, 7 tokens each (default 256)")
+    parser.add_argument("--entries", type=int, default=224, help="lines, 7 tokens each (default 224)")
     parser.add_argument("--requests", type=int, default=32, help="questions to make (default 32)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the two files")
     arguments = parser.parse_args()
