@@ -7,8 +7,8 @@ Each training sequence is one random directory and many questions about it. Ever
 directory and to itself, at the position where it would stand alone: the shared-prefix form, so a step costs
 one pass over the directory, however many questions it asks. The directories grow with the model's skill, from
 six entries to more than the demo uses; random gaps between the positions of their lines teach the small ones
-about far-away lines too. The weights start random, but arranged for lookup (see `initialise`): so started, the
-model matches names within 400 steps; trials that started the usual way had not begun to after 1,000.
+about far-away lines too. The weights start random, but arranged for lookup (see `initialise`): so the model
+begins to match names within 400 steps; in trials that started the usual way it had not after 1,000.
 """
 
 from __future__ import annotations
