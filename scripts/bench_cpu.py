@@ -357,8 +357,8 @@ def bench_product(bench: Bench, shape: Shape, batch: int) -> dict[str, float]:
 def bench_prefill(bench: Bench, shape: Shape, batch: int, tokens: int) -> float:
     """Up to `tokens` new tokens for each of `batch` requests, after the shared prompt.
 
-    GroupQueryAttention refuses several new tokens after a past for more than one request, so it takes one call
-    a request; that its caches already hold a copy of the prompt each is not counted.
+    GroupQueryAttention refuses several new tokens after a past for more than one request, so it takes one
+    call a request; that its caches already hold a copy of the prompt each is not counted.
     """
     shape = Shape(shape.heads, shape.kv_heads, shape.head_dim, shape.prefix, tokens)
     rng = np.random.default_rng(0)

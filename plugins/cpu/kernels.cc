@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "plugins/cpu/targets.h"
@@ -29,28 +30,30 @@
 #endif
 
 namespace relay::cpu {
-// One thread's scratch. Sizes serve every instruction set: rows are padded to 16 floats.
+// One thread's scratch. Its size serves every instruction set: rows are padded to 16 floats.
 struct Workspace {
+  static int64_t Padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+  static int64_t Floats(int64_t head_dim) {
+    return Padded(head_dim) * (3 * kTileRows + 2 * kBlockKeys) + kTileRows * (kBlockKeys + 5);
+  }
+
   Workspace(float* memory, int64_t head_dim) {
-    const int64_t padded = (head_dim + 15) / 16 * 16;
-    const auto take = [&](int64_t floats) {
-      size += floats;
-      return memory + size - floats;
-    };
+    const auto take = [&memory](int64_t floats) { return std::exchange(memory, memory + floats); };
+    const int64_t padded = Padded(head_dim);
     rows = take(kTileRows * padded);
     query = take(kTileRows * padded);
     o = take(kTileRows * padded);
+    key = take(kBlockKeys * padded);
+    value = take(kBlockKeys * padded);
     scores = take(kTileRows * kBlockKeys);
     m = take(kTileRows);
     d = take(kTileRows);
     block_max = take(kTileRows);
     lo = reinterpret_cast<int32_t*>(take(kTileRows));
     hi = reinterpret_cast<int32_t*>(take(kTileRows));
-    key = take(kBlockKeys * padded);
-    value = take(kBlockKeys * padded);
   }
-  int64_t size = 0;  // floats
-  float *rows, *query, *o, *scores, *m, *d, *block_max, *key, *value;
+
+  float *rows, *query, *o, *key, *value, *scores, *m, *d, *block_max;
   int32_t *lo, *hi;
 };
 }  // namespace relay::cpu
@@ -238,7 +241,7 @@ const std::vector<Target>& Targets() {
 
 }  // namespace
 
-int64_t ScratchFloats(int64_t head_dim) { return Workspace(nullptr, head_dim).size; }
+int64_t ScratchFloats(int64_t head_dim) { return Workspace::Floats(head_dim); }
 
 const Kernels& ChooseKernels(DataType dtype) {
   const char* wanted = std::getenv("RELAY_ATTENTION_CPU_TARGET");

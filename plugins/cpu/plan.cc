@@ -22,19 +22,20 @@ class Planner {
     plan_.group_of_row.reserve(total_rows);
 
     const int64_t tiles = (total_rows + kTileRows - 1) / kTileRows * g_.kv_num_heads;
+    const bool enough = tiles >= kTargetTiles;
     const int64_t most_splits = std::max<int64_t>(1, g_.prefix_length / kMinSplitKeys);
-    splits_ = tiles == 0 ? 1 : std::clamp<int64_t>((kTargetTiles + tiles - 1) / tiles, 1, most_splits);
+    splits_ = enough || tiles == 0 ? 1 : std::min((kTargetTiles + tiles - 1) / tiles, most_splits);
 
     // Full tiles of one request take prefix and context in one go. What is left of each request is pooled, so
     // that few rows share a tile. Where there are few tiles, everything is pooled and the keys are split.
-    for (int64_t b = 0; b < g_.batch && splits_ == 1; ++b) {
+    for (int64_t b = 0; b < g_.batch && enough; ++b) {
       const int64_t rows = params_.query_lens[b] * group;
       for (int64_t r = 0; r + kTileRows <= rows; r += kTileRows) AddWholeTile(b, r);
     }
     const int32_t pool = static_cast<int32_t>(plan_.rows.size());
     for (int64_t b = 0; b < g_.batch; ++b) {
       const int64_t rows = params_.query_lens[b] * group;
-      for (int64_t r = splits_ == 1 ? rows / kTileRows * kTileRows : 0; r < rows; r += kTileRows) {
+      for (int64_t r = enough ? rows / kTileRows * kTileRows : 0; r < rows; r += kTileRows) {
         AddContextGroup(b, r, std::min<int64_t>(kTileRows, rows - r));
       }
     }

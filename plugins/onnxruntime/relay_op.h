@@ -12,6 +12,10 @@
 
 namespace relay::ort {
 
+#if ORT_API_VERSION < 18
+#error "the headers of ONNX Runtime 1.18 or later are needed; set ONNXRUNTIME_ROOT to them"
+#endif
+
 // The API version that ONNX Runtime and these headers both know, at least kMinApiVersion. Set by
 // RegisterCustomOps.
 inline constexpr uint32_t kMinApiVersion = 18;

@@ -7,10 +7,13 @@ import threading
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_harness import Case, cpu_targets, run
+from op_harness import Case, cpu_targets, make_model, make_session, run
+
+from relay_attention.plugins import schema
 
 TARGETS = cpu_targets()
 DTYPES = ["float32", "float16"]
@@ -33,12 +36,24 @@ SITUATIONS: dict[str, dict[str, Any]] = {
         "context_lens": [0, 40, 5],
         "query_lens": [23, 1, 11],
     },
+    # from 64 tiles on, full tiles of one request go whole; below, keys are split
     "whole_tiles": {
+        "num_heads": 24,
+        "kv_num_heads": 12,
         "sequence": 70,
         "max_context": 130,
         "prefix_length": 150,
         "context_lens": [60, 0, 31, 0],
         "query_lens": [70, 64, 0, 33],
+    },
+    "whole_tiles_without_prefix": {
+        "num_heads": 32,
+        "kv_num_heads": 8,
+        "prefix_length": 0,
+        "sequence": 40,
+        "max_context": 640,
+        "context_lens": [600, 0, 31, 570, 0],
+        "query_lens": [40, 40, 39, 16, 3],
     },
     "full_cache": {"sequence": 4, "context_lens": [44, 47, 48], "query_lens": [4, 1, 0]},
 }
@@ -177,6 +192,35 @@ def test_two_runs_of_one_session_at_once() -> None:
     for worker in workers:
         worker.join()
     assert not failures
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inside_a_graph_whose_shapes_are_unknown(dtype: str) -> None:
+    """Types and shapes pass through the op at load time; caches that no one binds are made by the engine."""
+    case = Case(dtype=dtype, rotary_dim=16)
+    model = onnx.load_model_from_string(make_model(case.all_attributes(), dtype, schema.input_names(True)))
+    kind = model.graph.input[0].type.tensor_type.elem_type
+    node = model.graph.node[0]
+    node.input[0] = "reshaped"
+    node.output[0], node.output[1] = "attended", "present"
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["query", "query_shape"], ["reshaped"]))
+    model.graph.node.append(onnx.helper.make_node("Add", ["attended", "attended"], ["output"]))
+    model.graph.node.append(onnx.helper.make_node("Neg", ["present"], ["present_key"]))
+    model.graph.input.append(
+        onnx.helper.make_tensor_value_info("query_shape", onnx.TensorProto.INT64, [None])
+    )
+    session = make_session(model.SerializeToString())
+    inputs = case.make_inputs()
+    expected = case.reference(inputs)
+    flat = {**inputs, "query": inputs["query"].reshape(-1, 1, 1), "query_shape": np.array([3, 1, -1])}
+    output, present_key, present_value = session.run(None, flat)
+    assert [info.type for info in session.get_outputs()] == [
+        "tensor(float16)" if kind == onnx.TensorProto.FLOAT16 else "tensor(float)"
+    ] * 3
+    atol = 1e-2 if dtype == "float16" else 1e-5
+    np.testing.assert_allclose(output, 2 * expected[0], atol=atol)
+    np.testing.assert_allclose(present_key, -expected[1], atol=atol)
+    np.testing.assert_allclose(present_value, expected[2], atol=atol)
 
 
 def test_empty_batch_and_empty_sequence() -> None:
