@@ -17,6 +17,7 @@ struct Kernels {
 template <int kHeadDim>
 Kernels find_kernels(DataType dtype, int prefix_rows, int context_rows);
 
+extern template Kernels find_kernels<32>(DataType, int, int);
 extern template Kernels find_kernels<64>(DataType, int, int);
 extern template Kernels find_kernels<96>(DataType, int, int);
 extern template Kernels find_kernels<128>(DataType, int, int);
@@ -25,6 +26,8 @@ extern template Kernels find_kernels<256>(DataType, int, int);
 
 inline Kernels find_kernels(const RelayParams& p, const Plan& plan) {
   switch (p.head_dim) {
+    case 32:
+      return find_kernels<32>(p.dtype, plan.prefix_rows, plan.context_rows);
     case 64:
       return find_kernels<64>(p.dtype, plan.prefix_rows, plan.context_rows);
     case 96:

@@ -45,7 +45,7 @@ struct RelayParams {
   int32_t sequence;
   int32_t num_heads;
   int32_t kv_num_heads;
-  int32_t head_dim;  // 64, 96, 128, 192 or 256
+  int32_t head_dim;  // 32, 64, 96, 128, 192 or 256
   int32_t max_context;
   int32_t prefix_length;
   int32_t rotary_dim;         // 0 = none; else a multiple of 16, at most head_dim

@@ -57,9 +57,10 @@ Status check(const RelayParams& p, bool check_pointers, char* message, size_t si
   if (p.num_heads < 1 || p.kv_num_heads < 1 || p.num_heads % p.kv_num_heads != 0)
     return fail(invalid, message, size, "num_heads (%d) must be a positive multiple of kv_num_heads (%d)",
                 p.num_heads, p.kv_num_heads);
-  if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128 && p.head_dim != 192 && p.head_dim != 256)
+  if (p.head_dim != 32 && p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128 && p.head_dim != 192 &&
+      p.head_dim != 256)
     return fail(unsupported, message, size,
-                "the CUDA kernels of RelayAttention serve head_dim 64, 96, 128, 192 and 256, not %d",
+                "the CUDA kernels of RelayAttention serve head_dim 32, 64, 96, 128, 192 and 256, not %d",
                 p.head_dim);
   if (p.batch > kMaxBatch)
     return fail(unsupported, message, size,

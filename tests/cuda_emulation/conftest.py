@@ -22,7 +22,9 @@ def _build(folder: Path, compiler: str) -> Path:
     flags += [f"-I{HERE}", f"-I{ROOT / 'plugins' / 'cuda'}"]
     if platform.machine() == "x86_64" and " f16c" in Path("/proc/cpuinfo").read_text():
         flags += ["-mf16c"]
-    sources = {f"kernels_{d}": ROOT / "plugins" / "cuda" / f"kernels_{d}.cu" for d in (64, 96, 128, 192, 256)}
+    sources = {
+        f"kernels_{d}": ROOT / "plugins" / "cuda" / f"kernels_{d}.cu" for d in (32, 64, 96, 128, 192, 256)
+    }
     sources |= {"plan": ROOT / "plugins" / "cuda" / "plan.cpp", "emulation": HERE / "emulation.cpp"}
 
     def compile_one(item: tuple[str, Path]) -> str:

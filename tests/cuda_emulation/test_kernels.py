@@ -89,6 +89,11 @@ def check(emulation: Emulation, case: Case, seed: int = 0, **options: object) ->
 CASES = {
     "decode": Case(),
     "decode, bfloat16": Case(dtype=BFLOAT16),
+    "head_dim 32": Case(head_dim=32, rotary_dim=32),
+    "head_dim 32, many rows": Case(head_dim=32, group=8, kv_num_heads=1, context_lens=(7, 60) * 17,
+                                   rotary_dim=32),
+    "prefill, head_dim 32": Case(sequence=20, context_lens=(5, 60, 7), query_lens=(20, 19, 1), head_dim=32,
+                                 rotary_dim=16),
     "head_dim 96": Case(head_dim=96, rotary_dim=96),
     "head_dim 128": Case(head_dim=128, group=8, rotary_dim=128),
     "head_dim 192": Case(head_dim=192, group=2, rotary_dim=64),
@@ -191,7 +196,7 @@ def test_nothing_outside_the_tensors_is_touched(emulation: Emulation, guard_at_e
         check(emulation, CASES[name], guard_at_end=guard_at_end, copies=1)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
 def test_small_shared_memory(emulation: Emulation, head_dim: int, dtype: int) -> None:
     """What an sm_86 or sm_89 gives a block."""
@@ -202,7 +207,7 @@ def test_small_shared_memory(emulation: Emulation, head_dim: int, dtype: int) ->
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls(emulation: Emulation, seed: int) -> None:
     rng = np.random.default_rng(1000 + seed)
-    head_dim = int(rng.choice([64, 64, 96, 128]))
+    head_dim = int(rng.choice([32, 64, 64, 96, 128]))
     batch, sequence = int(rng.integers(1, 7)), int(rng.choice([1, 1, 2, 5, 17]))
     max_context = int(rng.integers(sequence, 150))
     case = Case(
@@ -217,7 +222,7 @@ def test_random_calls(emulation: Emulation, seed: int) -> None:
         query_lens=tuple(int(x) for x in rng.integers(0, sequence + 1, batch)),
         local_window_size=int(rng.choice([-1, -1, 3, 60, 130])),
         softcap=float(rng.choice([0.0, 15.0])),
-        rotary_dim=int(rng.choice([0, 16, 32, 64])),
+        rotary_dim=min(int(rng.choice([0, 16, 32, 64])), head_dim),
         rotary_interleaved=bool(rng.integers(2)),
         in_place=bool(rng.integers(2)),
     )
@@ -235,7 +240,7 @@ def test_nan_in_one_request_stays_there(emulation: Emulation) -> None:
 
 
 REFUSED = {
-    "head_dim 64, 96, 128, 192 and 256, not 80": {"head_dim": 80},
+    "head_dim 32, 64, 96, 128, 192 and 256, not 80": {"head_dim": 80},
     "must be a positive multiple": {"num_heads": 5},
     "multiples of 16 dimensions": {"rotary_dim": 24},
     "must be even": {"rotary_dim": 66},
@@ -259,7 +264,7 @@ def test_refusals_say_why(emulation: Emulation, reason: str) -> None:
     assert reason in message
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("batch", [1, 8, 32, 256, 1024])
 @pytest.mark.parametrize("shared", [SM_90, 163 << 10, SM_86])
 def test_every_gpu_gets_a_plan(emulation: Emulation, head_dim: int, batch: int, shared: int) -> None:
