@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from relay_attention.runtime.text import Prompt
 
 EXIT_FAILED, EXIT_INTERRUPTED = 2, 130
+CARRIED = ("id", "expected")  # fields of a prompt that its result repeats
 MOST_ERRORS = 10  # printed of a file of prompts
 
 # flag: (type, what it is); the fields of SamplingParams
@@ -139,8 +141,9 @@ def _size(count: float) -> str:
 
 def _generate(arguments: argparse.Namespace) -> int:
     """Decode a file of prompts, one a line: plain text, or a JSON object with "prompt" (text), "messages" (a
-    chat) or "token_ids", and sampling parameters of its own beside it. Results are JSON objects, one a line,
-    in prompt order, written as soon as they are there; on Ctrl-C unfinished requests say "aborted"."""
+    chat) or "token_ids", and sampling parameters of its own beside it; "id" and "expected" come back with the
+    result. Results are JSON objects, one a line, in prompt order, written as soon as they are there; on Ctrl-C
+    unfinished requests say "aborted"."""
     from relay_attention.runtime.decoder import GenerationInterrupted, RelayDecoder
     from relay_attention.runtime.sampling import SamplingParams
 
@@ -150,16 +153,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in ("backend", "threads", "max_batch", "max_context")}
     with RelayDecoder.load(arguments.artifact, **options) as decoder:
         errors, encoded = [], []
-        for line, prompt, _ in numbered:
+        for entry in numbered:
             try:
-                encoded.append(decoder.encode(prompt))
+                encoded.append(decoder.encode(entry.prompt))
             except PromptError as error:
-                errors.append(f"{arguments.prompts}:{line}: {error}")
+                errors.append(f"{arguments.prompts}:{entry.line}: {error}")
         _refuse(errors)
         progress = len(encoded) > 1 and sys.stderr.isatty()
-        with _Writer(arguments.output) as writer:
+        with _Writer(arguments.output, [entry.carried for entry in numbered]) as writer:
             try:
-                params = [params for _, _, params in numbered]
+                params = [entry.params for entry in numbered]
                 results = decoder.generate(encoded, params, stream=writer.event, progress=progress)
             except GenerationInterrupted as interrupt:
                 writer.rest(interrupt.results)
@@ -176,8 +179,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def _read_prompts(file: str, base: SamplingParams) -> list[tuple[int, Prompt, SamplingParams]]:
-    """(line number, prompt, parameters) of each line that is not blank."""
+@dataclass(frozen=True)
+class _Entry:
+    """One line of the file of prompts; `carried` is handed on to its result."""
+
+    line: int
+    prompt: Prompt
+    params: SamplingParams
+    carried: dict[str, Any]
+
+
+def _read_prompts(file: str, base: SamplingParams) -> list[_Entry]:
+    """Every line that is not blank."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
@@ -185,12 +198,12 @@ def _read_prompts(file: str, base: SamplingParams) -> list[tuple[int, Prompt, Sa
         raise PromptError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{file}: not UTF-8: {error}") from error
-    prompts: list[tuple[int, Prompt, SamplingParams]] = []
+    prompts: list[_Entry] = []
     errors = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                prompts.append((number, *_parse(line.rstrip("\r"), base, len(prompts))))
+                prompts.append(_parse(number, line.rstrip("\r"), base, len(prompts)))
             except (PromptError, ValueError) as error:
                 errors.append(f"{file}:{number}: {error}")
     _refuse(errors)
@@ -199,13 +212,14 @@ def _read_prompts(file: str, base: SamplingParams) -> list[tuple[int, Prompt, Sa
     return prompts
 
 
-def _parse(line: str, base: SamplingParams, index: int) -> tuple[Prompt, SamplingParams]:
+def _parse(number: int, line: str, base: SamplingParams, index: int) -> _Entry:
     values: dict[str, Any] = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
     found = [values.pop(name) for name in ("prompt", "messages", "token_ids") if name in values]
     if len(found) != 1:
         raise PromptError('one of "prompt", "messages" and "token_ids" is needed')
+    carried = {name: values.pop(name) for name in CARRIED if name in values}
     seed = {} if base.seed is None else {"seed": base.seed + index}
-    return found[0], base.from_mapping(seed | values, base)
+    return _Entry(number, found[0], base.from_mapping(seed | values, base), carried)
 
 
 def _refuse(errors: list[str]) -> None:
@@ -220,7 +234,8 @@ class _Writer:
     A file is written as FILE.partial and renamed at the end, or on Ctrl-C; any other end leaves FILE.partial.
     """
 
-    def __init__(self, output: str | None):
+    def __init__(self, output: str | None, carried: list[dict[str, Any]]):
+        self._carried = carried  # of each prompt
         self._output = Path(output) if output else None
         self._stream = io.FileIO(1, "wb", closefd=False)  # unbuffered: a line is out, or an error
         self._results: dict[int, GenerationResult] = {}
@@ -261,6 +276,7 @@ class _Writer:
             "finish_reason": result.finish_reason,
             "stop": result.stop,
             "prompt_tokens": result.prompt_tokens,
+            **self._carried[self._written],
         }
         if result.logprobs is not None:
             fields["logprobs"] = [

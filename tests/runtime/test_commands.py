@@ -119,6 +119,15 @@ def test_generate_lines_and_objects(artifact, tmp_path):
     assert list(tmp_path.glob("*.partial")) == []
 
 
+def test_generate_hands_on_what_identifies_a_request(artifact):
+    prompts = '{"prompt": "a", "id": "x-1", "expected": "4"}\nplain\n'
+    found = lines(
+        run("generate", artifact.path, "--prompts", "-", "--max-new-tokens", 1, stdin=prompts).stdout
+    )
+    assert (found[0]["id"], found[0]["expected"]) == ("x-1", "4")
+    assert "id" not in found[1]
+
+
 def test_generate_standard_streams(artifact):
     options = (
         "--temperature",
