@@ -142,8 +142,8 @@ def _size(count: float) -> str:
 def _generate(arguments: argparse.Namespace) -> int:
     """Decode a file of prompts, one a line: plain text, or a JSON object with "prompt" (text), "messages" (a
     chat) or "token_ids", and sampling parameters of its own beside it; "id" and "expected" come back with the
-    result. Results are JSON objects, one a line, in prompt order, written as soon as they are there; on Ctrl-C
-    unfinished requests say "aborted"."""
+    result. Results are JSON objects, one a line, in prompt order, written as soon as they are there; on
+    Ctrl-C unfinished requests say "aborted"."""
     from relay_attention.runtime.decoder import GenerationInterrupted, RelayDecoder
     from relay_attention.runtime.sampling import SamplingParams
 
