@@ -23,7 +23,7 @@ from relay_attention.export.passes.replace_attention import is_relay_attention
 from relay_attention.export.passes.tensorrt import tensorrt_passes
 from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
-from relay_attention.export.source import GENAI, SourceModel, detect
+from relay_attention.export.source import GENAI, ONNX, SourceModel, detect, files_beside
 from relay_attention.runtime.artifact import (
     MODEL_NAME,
     WEIGHTS_NAME,
@@ -85,7 +85,7 @@ def export_model(
         raise ExportError(f"target is {target!r}; it is {' or '.join(TARGETS)}")
     kind = detect(source)
     with replace_folder(output) as folder:
-        tokenizer = _copy_tokenizer(source, folder)
+        tokenizer = _copy_tokenizer(files_beside(source), folder)
         prompt = tokenize(tokenizer, system_prompt, template)
         loaded = _load(source, kind, precision)
         max_context = choose_max_context(len(prompt.token_ids), loaded.max_positions, max_context)
@@ -136,6 +136,15 @@ def _load(folder: Path, kind: str, precision: str | None) -> SourceModel:
         if precision is not None:
             _check_precision(loaded, folder, precision)
         return loaded
+    if kind == ONNX:
+        try:
+            from relay_attention.export.onnx_source import load_onnx
+        except ImportError as error:
+            raise ExportError(
+                f"{folder} is an ONNX decoder; exporting it needs onnxscript "
+                f"(pip install 'relay-attention[export]'): {error}"
+            ) from error
+        return load_onnx(folder, precision)
     try:
         from relay_attention.export.huggingface import load_huggingface
     except ImportError as error:

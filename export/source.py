@@ -11,14 +11,14 @@ import onnx_ir as ir
 
 from relay_attention.errors import ExportError
 
-HUGGINGFACE, GENAI = "huggingface", "genai"
+HUGGINGFACE, GENAI, ONNX = "huggingface", "genai", "onnx"
 
 
 @dataclass
 class SourceModel:
     """A source graph that computes `logits` from `input_ids`, with attention in a form that a matcher knows.
 
-    kind: "huggingface" or "genai". max_positions: tokens that the model's positions reach.
+    kind: "huggingface", "genai" or "onnx". max_positions: tokens that the model's positions reach.
     num_layers: how many attentions the graph must hold, None where the source does not say.
     eos: the ids that end a text.
     """
@@ -32,26 +32,45 @@ class SourceModel:
 
 
 def detect(folder: Path) -> str:
-    """Which kind of model folder this is.
+    """Which kind of model a folder, or an ONNX file, holds.
 
+    A folder with both safetensors and ONNX is a Hugging Face one; its graph is exported by giving its file.
     Raises: ExportError if it is none, or lacks the files of its kind.
     """
+    if folder.is_file() and folder.suffix == ".onnx":
+        return ONNX
     if not folder.is_dir():
-        what = "is a file, a folder is expected" if folder.exists() else "no such folder"
+        what = "is a file, a model's folder or an .onnx file is expected" if folder.exists() else "no such folder"
         raise ExportError(f"{folder}: {what}")
     if (folder / "genai_config.json").is_file():
         return GENAI
-    if (folder / "config.json").is_file():
-        if not any(folder.glob("*.safetensors")):
-            raise ExportError(
-                f"{folder}: it has config.json, but no *.safetensors: only safetensors are loaded"
-            )
+    has_config = (folder / "config.json").is_file()
+    if has_config and any(folder.glob("*.safetensors")):
         return HUGGINGFACE
+    if any(folder.glob("*.onnx")) or any(folder.glob("onnx/*.onnx")):
+        return ONNX
+    if has_config:
+        raise ExportError(
+            f"{folder}: it has config.json, but no *.safetensors and no *.onnx: only these are loaded"
+        )
     raise ExportError(
-        f"{folder}: neither a Hugging Face model (config.json, *.safetensors) nor one of "
-        "onnxruntime-genai's model "
-        "builder (genai_config.json, *.onnx)"
+        f"{folder}: neither a Hugging Face model (config.json, *.safetensors), nor one of "
+        "onnxruntime-genai's model builder (genai_config.json, *.onnx), nor an ONNX decoder (*.onnx)"
     )
+
+
+def files_beside(source: Path) -> Path:
+    """The folder that holds a model's tokenizer: the folder itself, or that of the file.
+
+    Where a repository keeps its graphs in a folder onnx, that is the one above.
+    """
+    if source.is_dir():
+        return source
+    folder = source.parent
+    above = folder.parent
+    if not (folder / "tokenizer.json").is_file() and (above / "tokenizer.json").is_file():
+        return above
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,321 @@
+"""Decoders that exist as ONNX already: optimum's exports, torch.onnx.export, whatever has their form.
+
+Read from model.onnx (or optimum's decoder_model_merged.onnx, decoder_with_past_model.onnx, decoder_model.onnx),
+with config.json and the tokenizer beside it or one folder above. What the graph computes is exported: a window
+or scaling that its exporter lost is not put back.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import onnxscript.optimizer
+
+from relay_attention.errors import ExportError
+from relay_attention.export.graph import (
+    describe,
+    find_nodes,
+    float_attribute,
+    graph_input,
+    graph_output,
+    int_attribute,
+    last_dim,
+)
+from relay_attention.export.passes import run
+from relay_attention.export.passes.fold_attention import FoldAttention, make_probe
+from relay_attention.export.passes.settle_sizes import SettleSizes
+from relay_attention.export.source import ONNX, SourceModel, read_json, token_list
+
+CONFIG_NAME = "config.json"
+NAMES = (
+    "model.onnx",
+    "decoder_model_merged.onnx",
+    "decoder_with_past_model.onnx",
+    "decoder_model.onnx",
+)
+_BRANCH = "use_cache_branch"
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+)
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope", "su"}
+_SMALL = 1024  # elements of a tensor that constant folding may take up
+
+
+def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
+    """Reads an ONNX decoder; its weights stay in their files, mapped.
+
+    source: the file, or a folder with one of `NAMES` in it or in its folder onnx.
+    precision: "fp32" or "fp16" if the graph must be of that, None for what it is.
+    Raises: ExportError if files are missing or the graph is no decoder that can be rewritten, naming the node.
+    """
+    file = find_file(source)
+    config = read_json(_config_file(file))
+    max_positions, architecture = _max_positions(config, file), _architecture(config, file)
+    _refuse_encoders(config, architecture, file)
+    model = _read(file)
+    _refuse_inputs(model, file)
+    _take_branch(model, file)
+    _normalise(model)
+    _check_interface(model, file)
+    layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
+    # lengths are known by the nodes that read them, so the probe is made before these go
+    probe = make_probe(model)
+    try:
+        run(model, [FoldAttention(max_positions), common.RemoveUnusedNodesPass(), SettleSizes(probe)])
+    except ExportError as error:
+        raise ExportError(f"{file}: {error}") from error
+    run(model, [common.TopologicalSortPass()])
+    _warn_of_lost(model, config, file)
+    _check_precision(model, file, precision)
+    return SourceModel(
+        model=model,
+        kind=ONNX,
+        architecture=architecture,
+        max_positions=max_positions,
+        num_layers=layers,
+        eos=_eos(config, file),
+    )
+
+
+def find_file(source: Path) -> Path:
+    """The ONNX file that a path stands for.
+
+    Raises: ExportError if there is none, or several without a name that is known.
+    """
+    if source.is_file():
+        return source
+    for folder in (source, source / "onnx"):
+        encoders = sorted(path.name for path in folder.glob("*encoder*.onnx"))
+        if encoders:
+            raise ExportError(
+                f"{folder}: {encoders[0]} makes it an encoder-decoder; only decoders can be exported"
+            )
+        for name in NAMES:
+            if (folder / name).is_file():
+                return folder / name
+        others = sorted(folder.glob("*.onnx"))
+        if len(others) == 1:
+            return others[0]
+        if others:
+            names = ", ".join(path.name for path in others)
+            raise ExportError(
+                f"{folder}: holds several graphs ({names}), none named {' or '.join(NAMES)}: give the file itself"
+            )
+    raise ExportError(f"{source}: no ONNX graph in it")
+
+
+def _config_file(file: Path) -> Path:
+    for folder in (file.parent, file.parent.parent):
+        if (folder / CONFIG_NAME).is_file():
+            return folder / CONFIG_NAME
+    raise ExportError(
+        f"{file.parent / CONFIG_NAME}: missing; the number of positions and the end tokens are read from it: put "
+        "the model's config.json beside the graph"
+    )
+
+
+def _max_positions(config: dict[str, Any], file: Path) -> int:
+    text = _text_config(config)
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    parts = [scaling, *(value for value in scaling.values() if isinstance(value, dict))]
+    for part in parts:
+        kind = part.get("rope_type", part.get("type"))
+        if kind in _LENGTH_DEPENDENT_ROPE:
+            raise ExportError(
+                f"{file}: rotary embedding of type {kind!r} depends on the length of each request and cannot share "
+                "a prefix; it is not supported"
+            )
+    for name in _POSITIONS:
+        value = text.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ExportError(
+        f"{_config_file(file)}: it does not say how many positions the model has ({', '.join(_POSITIONS[:3])})"
+    )
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _architecture(config: dict[str, Any], file: Path) -> str:
+    names = config.get("architectures")
+    if isinstance(names, list) and names:
+        return str(names[0])
+    return str(config.get("model_type") or file.stem)
+
+
+def _refuse_encoders(config: dict[str, Any], architecture: str, file: Path) -> None:
+    if config.get("is_encoder_decoder"):
+        raise ExportError(f"{file}: {architecture} is an encoder-decoder; only decoders can be exported")
+
+
+def _eos(config: dict[str, Any], file: Path) -> tuple[int, ...]:
+    generation = _config_file(file).with_name("generation_config.json")
+    if generation.is_file():
+        found = token_list(read_json(generation).get("eos_token_id"))
+        if found:
+            return found
+    return token_list(_text_config(config).get("eos_token_id"))
+
+
+def _read(file: Path) -> ir.Model:
+    try:
+        model = ir.load(file)
+    except Exception as error:  # protobuf raises errors of its own
+        raise ExportError(f"{file}: cannot be read as an ONNX model: {error}") from error
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                if not Path(tensor.path).is_file():
+                    raise ExportError(
+                        f"{tensor.path}: missing, though {file.name} keeps {value.name!r} in it"
+                    )
+                end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+                if Path(tensor.path).stat().st_size < end:
+                    raise ExportError(
+                        f"{tensor.path}: cut off, {value.name!r} of {file.name} ends at byte {end}"
+                    )
+    return model
+
+
+def _refuse_inputs(model: ir.Model, file: Path) -> None:
+    for value in model.graph.inputs:
+        name = str(value.name)
+        if "encoder" in name:
+            raise ExportError(
+                f"{file}: its input {name!r} makes it part of an encoder-decoder; only decoders can be exported"
+            )
+        if name in ("inputs_embeds", "pixel_values"):
+            raise ExportError(
+                f"{file}: it takes {name!r} in place of token ids; only text decoders can be exported"
+            )
+
+
+def _take_branch(model: ir.Model, file: Path) -> None:
+    """Of optimum's merged graph, the branch that takes past keys and values."""
+    condition = graph_input(model, _BRANCH)
+    if condition is None:
+        return
+    for node in find_nodes(model, lambda node: node.op_type == "If"):
+        if node.inputs[0] is not condition:
+            raise ExportError(f"{file}: {describe(node)} does not branch by {_BRANCH!r}")
+        branch = node.attributes["then_branch"].as_graph()
+        for value in list(branch.initializers.values()):
+            branch.initializers.pop(str(value.name))
+            if str(value.name) in model.graph.initializers:
+                value.name = f"{node.name}.{value.name}"
+            model.graph.register_initializer(value)
+        inner = list(branch.outputs)
+        branch.outputs.clear()
+        moved = list(branch)
+        branch.remove(moved)
+        model.graph.insert_before(node, moved)
+        for old, new in zip(node.outputs, inner, strict=True):
+            name = old.name
+            if new.type is None:
+                new.type, new.shape = old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            old.name, new.name = f"{name}.merged", name
+        model.graph.remove(node, safe=True)
+    if condition.uses():
+        raise ExportError(f"{file}: its input {_BRANCH!r} does more than to choose the branch")
+    model.graph.inputs.remove(condition)
+
+
+def _normalise(model: ir.Model) -> None:
+    """What matters not to attention goes: functions, constants as nodes, arithmetic on them, unknown types.
+
+    onnxscript folds constants and infers types; larger tensors are left in their files.
+    """
+    for value in [value for value in model.graph.initializers.values() if value in model.graph.inputs]:
+        model.graph.inputs.remove(value)  # a default that could be overridden, which nobody does
+    run(
+        model,
+        [
+            common.InlinePass(),
+            common.IdentityEliminationPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.NameFixPass(),
+        ],
+    )
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL
+    )
+    run(
+        model,
+        [
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.RemoveUnusedNodesPass(),
+            common.ShapeInferencePass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.TopologicalSortPass(),
+        ],
+    )
+
+
+def _check_interface(model: ir.Model, file: Path) -> None:
+    if graph_input(model, "input_ids") is None:
+        inputs = ", ".join(str(value.name) for value in model.graph.inputs)
+        raise ExportError(f"{file}: the graph has no input 'input_ids', only: {inputs}")
+    logits = graph_output(model, "logits")
+    if logits is None:
+        outputs = ", ".join(str(value.name) for value in model.graph.outputs)
+        raise ExportError(f"{file}: the graph has no output 'logits', only: {outputs}")
+    kept = [value for value in model.graph.outputs if value is not logits]
+    for value in kept:
+        model.graph.outputs.remove(value)
+    if logits.shape is None or not isinstance(logits.shape[-1], int):
+        vocab_size = last_dim(logits)
+        if vocab_size is not None and logits.shape is not None:
+            logits.shape = ir.Shape([*logits.shape[:-1], vocab_size])
+
+
+def _warn_of_lost(model: ir.Model, config: dict[str, Any], file: Path) -> None:
+    """Speaks of what the model's config has and its exporter dropped (softcap under SDPA, windows)."""
+    nodes = list(find_nodes(model, lambda node: node.op_type == "AttentionForm"))
+    text = _text_config(config)
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    lost = []
+    if text.get("attn_logit_softcapping") and not any(float_attribute(node, "softcap") for node in nodes):
+        lost.append(f"a softcap of {text['attn_logit_softcapping']} (attn_logit_softcapping)")
+    if (
+        window
+        and window < _max_positions(config, file)
+        and all(int_attribute(node, "local_window_size", -1) < 0 for node in nodes)
+    ):
+        lost.append(f"a sliding window of {window} tokens")
+    if nodes and lost:
+        print(
+            f"relay-attention: warning: {_config_file(file)} speaks of {' and '.join(lost)}, but no attention of "
+            "the graph has it: the export computes what the graph computes, which is not what the original model "
+            "does",
+            file=sys.stderr,
+        )
+
+
+def _check_precision(model: ir.Model, file: Path, precision: str | None) -> None:
+    wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+    found = {
+        node.inputs[0].dtype
+        for node in find_nodes(model, lambda node: node.op_type in ("AttentionForm", "GroupQueryAttention"))
+        if node.inputs[0] is not None
+    }
+    if precision is not None and found and found != {wanted[precision]}:
+        names = ", ".join(sorted(str(dtype) for dtype in found))
+        raise ExportError(
+            f"{file}: its attention is of type {names}; it cannot be changed to {precision}: export the model in "
+            "that precision, or leave --precision out"
+        )
