@@ -10,9 +10,12 @@
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
-  // A release 1.N offers the API versions up to N. Asking for more would print a complaint.
+  // Release 1.N offers the API versions up to N; asking it for more would print a complaint.
   const char* release = base->GetVersionString();  // "1.N.P"
-  const uint32_t offered = static_cast<uint32_t>(std::strtoul(release + 2, nullptr, 10));
+  char* rest = nullptr;
+  const unsigned long major = std::strtoul(release, &rest, 10);
+  const unsigned long minor = *rest == '.' ? std::strtoul(rest + 1, nullptr, 10) : 0;
+  const uint32_t offered = major > 1 ? ORT_API_VERSION : static_cast<uint32_t>(minor);
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   const OrtApi* api = nullptr;

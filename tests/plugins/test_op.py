@@ -223,6 +223,31 @@ def test_inside_a_graph_whose_shapes_are_unknown(dtype: str) -> None:
     np.testing.assert_allclose(present_value, expected[2], atol=atol)
 
 
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_past_that_another_node_made(used_twice: bool) -> None:
+    """The engine may let present take over past's buffer, unless another node still needs past."""
+    case = Case()
+    model = onnx.load_model_from_string(
+        make_model(case.all_attributes(), "float32", schema.input_names(False))
+    )
+    node = model.graph.node[0]
+    node.input[3] = "negated"
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["past_key"], ["negated"]))
+    names = [*schema.OUTPUT_NAMES]
+    if used_twice:
+        model.graph.node.append(onnx.helper.make_node("Abs", ["negated"], ["absolute"]))
+        info = onnx.helper.make_tensor_value_info("absolute", onnx.TensorProto.FLOAT, [None] * 4)
+        model.graph.output.append(info)
+        names.append("absolute")
+    inputs = case.make_inputs()
+    expected = case.reference({**inputs, "past_key": -inputs["past_key"]})
+    got = dict(zip(names, make_session(model.SerializeToString()).run(names, inputs), strict=True))
+    for name, want in zip(schema.OUTPUT_NAMES, expected, strict=True):
+        np.testing.assert_allclose(got[name], want, rtol=2e-5, atol=5e-6)
+    if used_twice:
+        np.testing.assert_array_equal(got["absolute"], np.abs(inputs["past_key"]))
+
+
 def test_empty_batch_and_empty_sequence() -> None:
     for shape in ({"context_lens": [], "query_lens": []}, {"sequence": 0, "query_lens": [0, 0, 0]}):
         case = Case(**shape)
