@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ Int32 = npt.NDArray[np.int32]
 # name: (module, class). A module is imported when its backend is asked for: it may need packages of its own.
 _BACKENDS = {
     "onnxruntime": ("relay_attention.runtime.onnxruntime_backend", "OnnxRuntimeBackend"),
+    "onnxruntime-cuda": ("relay_attention.runtime.onnxruntime_cuda_backend", "OnnxRuntimeCudaBackend"),
     "tensorrt": ("relay_attention.runtime.tensorrt_backend", "TensorRTBackend"),
 }
 
@@ -63,6 +64,18 @@ class Backend(Protocol):
         """Frees the model and the caches; nothing else may be called after it."""
 
 
+@runtime_checkable
+class ReadsTop(Protocol):
+    """What a backend offers besides if its logits lie on a device: most steps need the likeliest few only."""
+
+    def read_top(self, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """The `count` largest logits of each row of the last step, [n, count], descending, and their ids.
+
+        All of them where the vocabulary has no more. Which of equal logits are among the last is not said. A
+        row with logits that are not finite (NaN, an infinity) is NaN throughout.
+        """
+
+
 def load_backend(name: str, artifact: Artifact, **options: Any) -> Backend:
     """Loads an artifact into the engine of that name; `options` are the engine's own (threads, ...).
 
@@ -97,9 +110,8 @@ def _numbers(path: Path) -> dict[str, int]:
     }
 
 
-def check_memory(needed: int, max_batch: int, max_context: int) -> None:
-    """Raises BackendError if caches of `needed` bytes do not fit in the memory available."""
-    available = available_memory()
+def check_memory(needed: int, max_batch: int, max_context: int, available: int | None) -> None:
+    """Raises BackendError if caches of `needed` bytes do not fit in those available; None: not known."""
     if available is not None and needed > available:
         fitting = int(max_batch * available / needed)
         raise BackendError(

@@ -17,8 +17,7 @@ except ImportError:
         from cuda import cudart  # cuda-python before 12.6
     except ImportError as error:
         raise BackendError(
-            "the backend 'tensorrt' needs cuda-python (pip install cuda-bindings, of your driver's CUDA "
-            "major): "
+            "the backends on GPUs need cuda-python (pip install cuda-bindings, of your driver's CUDA major): "
             f"{error}"
         ) from error
 

@@ -1,64 +1,140 @@
-"""ONNX Runtime on the CPU. The only file that knows onnxruntime.
+"""ONNX Runtime: what its backends share, and the one on the CPU.
 
 Everything is bound by address: the caches are arrays allocated once, bound as past and present at the same
 address, so that the op appends in place; a step on rows i..j binds the addresses of those rows. Nothing of
-the cache is copied.
+the cache is copied. Where the arrays lie is known to a `Memory` alone.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from relay_attention.errors import BackendError
 from relay_attention.plugins import library_path
+from relay_attention.runtime import backend
 from relay_attention.runtime.artifact import MODEL_NAME, Artifact, PrefixFile
-from relay_attention.runtime.backend import Int32, check_memory
+from relay_attention.runtime.backend import Int32
 
 try:
-    import onnxruntime
+    import onnxruntime as onnxruntime  # the backend on GPUs takes it from here
 except ImportError as error:
     raise BackendError(
-        f"the backend 'onnxruntime' needs onnxruntime (pip install 'relay-attention[cpu]'): {error}"
+        f"the backend needs onnxruntime (pip install 'relay-attention[cpu]'; with NVIDIA GPUs "
+        f"'relay-attention[cuda]' in its place): {error}"
     ) from error
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
-class OnnxRuntimeBackend:
-    """An artifact in an ONNX Runtime session on the CPU; see `backend.Backend`."""
+class Memory(Protocol):
+    """Where caches, prefix and logits lie. Its arrays are NumPy's or look alike: shape, dtype, nbytes,
+    slices of rows. What fails is a BackendError or MemoryError."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None):
-        """threads: intra-op threads, None for one per physical core (ONNX Runtime's own choice)."""
-        if threads is not None and threads < 1:
-            raise BackendError(f"threads is {threads}, at least 1 is needed")
+    device: str  # ONNX Runtime's name of it
+    index: int
+
+    def free(self) -> int | None:
+        """Bytes that can still be allocated, if they can be known."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """A new array of zeros, its address a multiple of ALIGNMENT."""
+
+    def view(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """The beginning of a flat array, in another shape."""
+
+    def address(self, array: Any) -> int:
+        """Of the first element."""
+
+    def put(self, array: Array) -> Any:
+        """An array of this memory with the same content; the same array where it lies here already."""
+
+    def get(self, array: Any) -> Array:
+        """A NumPy array with the same content; the same array where it is one."""
+
+    def pick(self, array: Any, index: npt.NDArray[np.int64]) -> Any:
+        """array[0, index[0]], array[1, index[1]], ... of an array [n, m, ...]; it may be overwritten."""
+
+    def move(self, caches: Sequence[Any], source: int, target: int, length: int) -> None:
+        """cache[target, :, :length] = cache[source, :, :length] for each of the caches."""
+
+    def close(self) -> None:
+        """Frees what this object itself holds, not its arrays."""
+
+
+class HostMemory:
+    """Main memory: arrays are NumPy's; see `Memory`."""
+
+    device, index = "cpu", 0
+
+    def free(self) -> int | None:
+        return backend.available_memory()
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Pages are taken from the system when they are first written."""
+        count = math.prod(shape)
+        raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+
+    def view(self, array: Array, shape: tuple[int, ...]) -> Array:
+        return array[: math.prod(shape)].reshape(shape)
+
+    def address(self, array: Array) -> int:
+        return array.ctypes.data
+
+    def put(self, array: Array) -> Array:
+        return array
+
+    def get(self, array: Array) -> Array:
+        return array
+
+    def pick(self, array: Array, index: npt.NDArray[np.int64]) -> Array:
+        return array[np.arange(len(array)), index]
+
+    def move(self, caches: Sequence[Array], source: int, target: int, length: int) -> None:
+        for cache in caches:
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def close(self) -> None:
+        pass
+
+
+class OnnxRuntimeBase:
+    """An artifact in an ONNX Runtime session, whatever device it runs on; see `backend.Backend`."""
+
+    def __init__(self, artifact: Artifact, session: Any, memory: Memory):
+        """session: made by `open_session`; its caches, prefix and logits will lie in `memory`."""
         self._manifest = artifact.manifest
         self._dtype = np.dtype(artifact.manifest.dtype)
-        self._session = _session(artifact, threads or 0)
+        self._session, self._memory = session, memory
         self._binding = self._session.io_binding()
         self._check_names(artifact)
-        self._prefix: list[tuple[Array, Array]] = []
+        self._prefix: list[tuple[Any, Any]] = []
         self._prefix_length = artifact.manifest.prefix.length
-        self._keys: list[Array] = []
-        self._values: list[Array] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
         self._rows = (0, 0)  # first and number of the rows whose caches are bound
-        self._logits = _aligned((0,), np.dtype(np.float32))
-        self._last_logits: Array = self._logits
+        self._logits: Any = memory.zeros((0,), np.dtype(np.float32))
+        self._last_logits: Any = self._logits
         if artifact.manifest.prefix.mode == "input":
             self.set_prefix(artifact.prefix)
 
     def allocate(self, max_batch: int, max_context: int) -> None:
-        """Makes the caches, zeroed pages that take memory as they are used; see `backend.Backend`."""
+        """Makes the caches, zeroed; see `backend.Backend`."""
         shapes = [(max_batch, heads, max_context, dim) for heads, dim in self._manifest.geometry.layers]
-        check_memory(max_batch * max_context * self._manifest.kv_bytes_per_token, max_batch, max_context)
+        needed = max_batch * max_context * self._manifest.kv_bytes_per_token
+        backend.check_memory(needed, max_batch, max_context, self._memory.free())
         try:
-            self._keys = [_aligned(shape, self._dtype) for shape in shapes]
-            self._values = [_aligned(shape, self._dtype) for shape in shapes]
-        except MemoryError as error:
+            self._keys = [self._memory.zeros(shape, self._dtype) for shape in shapes]
+            self._values = [self._memory.zeros(shape, self._dtype) for shape in shapes]
+        except (MemoryError, BackendError) as error:
+            self._keys, self._values = [], []
             raise BackendError(
                 f"caches for max_batch {max_batch} of {max_context} tokens: {error}"
             ) from error
@@ -71,45 +147,51 @@ class OnnxRuntimeBackend:
         self._bind_caches(first_row, rows)
         arrays = [np.ascontiguousarray(array, np.int32) for array in (input_ids, context_lens, query_lens)]
         for name, array in zip((names.input_ids, names.context_lens, names.query_lens), arrays, strict=True):
-            self._bind_input(name, array)
+            # from main memory: ONNX Runtime copies these few to its device
+            self._binding.bind_input(name, "cpu", 0, np.int32, array.shape, array.ctypes.data)
         shape = (rows, vocab_size) if self._manifest.logits == "last" else (rows, sequence, vocab_size)
-        if math.prod(shape) > self._logits.size:
-            self._logits = _aligned((math.prod(shape),), self._logits.dtype)
-        logits = self._logits[: math.prod(shape)].reshape(shape)
+        if math.prod(shape) > math.prod(self._logits.shape):
+            self._logits = self._memory.zeros((math.prod(shape),), self._logits.dtype)
+        logits = self._memory.view(self._logits, shape)
         self._bind_output(names.logits, logits)
         try:
             self._session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
         except Exception as error:  # onnxruntime has one class for each status, with no common base
             raise BackendError(
                 f"ONNX Runtime failed in a step of {rows} rows x {sequence}: {error}"
             ) from error
         if self._manifest.logits == "all":
-            logits = logits[np.arange(rows), np.maximum(query_lens, 1) - 1]
+            logits = self._memory.pick(logits, np.maximum(query_lens, 1).astype(np.int64) - 1)
         self._last_logits = logits
 
     def read_logits(self) -> npt.NDArray[np.float32]:
         """See `backend.Backend`."""
-        return self._last_logits
+        logits: npt.NDArray[np.float32] = self._memory.get(self._last_logits)
+        return logits
 
     def move(self, source_row: int, target_row: int, length: int) -> None:
         """See `backend.Backend`."""
-        for cache in (*self._keys, *self._values):
-            cache[target_row, :, :length] = cache[source_row, :, :length]
+        self._memory.move((*self._keys, *self._values), source_row, target_row, length)
 
     def read_cache(self, row: int, length: int) -> list[tuple[Array, Array]]:
         """Keys and values [kv_num_heads, length, head_dim] that a slot holds, layer by layer, to compare
         engines."""
-        pairs = zip(self._keys, self._values, strict=True)
-        return [(keys[row, :, :length].copy(), values[row, :, :length].copy()) for keys, values in pairs]
+        found = [
+            self._memory.get(cache[row : row + 1])[0, :, :length].copy()
+            for pair in zip(self._keys, self._values, strict=True)
+            for cache in pair
+        ]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def set_prefix(self, prefix: PrefixFile) -> None:
-        """Binds another prefix, mapped from its file; see `backend.Backend`."""
+        """Binds another prefix; the old one goes when the new one is there. See `backend.Backend`."""
         if self._manifest.prefix.mode != "input":
             raise BackendError(
                 "the prefix of this artifact is part of its graph: export it with `--prefix input` to "
                 "replace the prefix while running, or replace it in the folder with `relay-attention prefix`"
             )
-        layers = prefix.read()
+        layers = [(self._memory.put(key), self._memory.put(value)) for key, value in prefix.read()]
         for layer, (key, value) in enumerate(layers):
             self._bind_input(self._manifest.io.prefix_key.format(layer=layer), key)
             self._bind_input(self._manifest.io.prefix_value.format(layer=layer), value)
@@ -119,7 +201,7 @@ class OnnxRuntimeBackend:
     @property
     def cache_bytes(self) -> int:
         """See `backend.Backend`."""
-        return sum(cache.nbytes for cache in (*self._keys, *self._values))
+        return sum(int(cache.nbytes) for cache in (*self._keys, *self._values))
 
     @property
     def prefix_bytes(self) -> int:
@@ -132,6 +214,8 @@ class OnnxRuntimeBackend:
         self._binding.clear_binding_outputs()
         del self._binding, self._session
         self._keys, self._values, self._prefix = [], [], []
+        self._logits = self._last_logits = None
+        self._memory.close()
 
     def _bind_caches(self, first_row: int, rows: int) -> None:
         if self._rows == (first_row, rows):
@@ -144,11 +228,11 @@ class OnnxRuntimeBackend:
             self._bind_output(names.present_value.format(layer=layer), values[part])
         self._rows = (first_row, rows)
 
-    def _bind_input(self, name: str, array: Array) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def _bind_input(self, name: str, array: Any) -> None:
+        self._binding.bind_input(name, *described(self._memory, array))
 
-    def _bind_output(self, name: str, array: Array) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def _bind_output(self, name: str, array: Any) -> None:
+        self._binding.bind_output(name, *described(self._memory, array))
 
     def _check_names(self, artifact: Artifact) -> None:
         manifest, names = artifact.manifest, artifact.manifest.io
@@ -172,24 +256,43 @@ class OnnxRuntimeBackend:
                 )
 
 
-def _session(artifact: Artifact, threads: int) -> Any:
+class OnnxRuntimeBackend(OnnxRuntimeBase):
+    """An artifact in an ONNX Runtime session on the CPU; see `backend.Backend`.
+
+    The caches are zeroed pages that take memory as they are used; an input prefix is mapped from its file.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None):
+        """threads: intra-op threads, None for one per physical core (ONNX Runtime's own choice)."""
+        super().__init__(artifact, open_session(artifact, threads, ["CPUExecutionProvider"]), HostMemory())
+
+
+def open_session(
+    artifact: Artifact, threads: int | None, providers: Sequence[Any], config: Mapping[str, str] | None = None
+) -> Any:
+    """The artifact's model with the op library in an InferenceSession.
+
+    threads: intra-op threads, None for ONNX Runtime's own choice. config: session configuration entries.
+    Raises: BackendError if ONNX Runtime refuses the library or the model.
+    """
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}, at least 1 is needed")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     library, model = library_path(), artifact.file(MODEL_NAME)
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:
         raise BackendError(f"{library}: ONNX Runtime cannot load the op library: {error}") from error
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(model), options, providers=list(providers))
     except Exception as error:
         raise BackendError(f"{model}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Zeros whose address is a multiple of ALIGNMENT; pages are taken from the system when first written."""
-    count = math.prod(shape)
-    raw = np.zeros(count * dtype.itemsize + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+def described(memory: Memory, array: Any) -> tuple[str, int, type, tuple[int, ...], int]:
+    """An array as IOBinding's bind_input and bind_output take it, after the name."""
+    return memory.device, memory.index, array.dtype.type, array.shape, memory.address(array)

@@ -93,15 +93,28 @@ class Request:
             return self.prompt_ids[self.cached : self.cached + limit]
         return np.array(self.token_ids[-1:], np.int32)
 
+    @property
+    def top_needed(self) -> int | None:
+        """See `Sampler.top_needed`."""
+        return self._sampler.top_needed(len(self.token_ids))
+
+    def choose(self, values: npt.NDArray[np.float32], token_ids: npt.NDArray[np.int64]) -> int | None:
+        """The next token, for `take`, from the largest logits; None if it takes them all (`accept`)."""
+        return self._sampler.sample_top(values, token_ids)
+
     def accept(self, logits: npt.NDArray[np.float32]) -> GenerationEvent:
         """Chooses the next token from its logits [vocab]; an event with a `result` ends the request."""
         try:
             token_id = self._sampler.sample(logits, len(self.token_ids))
         except FloatingPointError as error:
             return self.finish("error", error=f"{error} after {len(self.token_ids)} tokens")
+        return self.take(token_id, self._sampler.logprobs(logits, token_id))
+
+    def take(self, token_id: int, logprobs: TokenLogprobs | None = None) -> GenerationEvent:
+        """Goes on with a token that has been chosen; an event with a `result` ends the request."""
         if self._sampler.is_stop(token_id):
             return self.finish("stop", stop=token_id)
-        if (logprobs := self._sampler.logprobs(logits, token_id)) is not None:
+        if logprobs is not None:
             self._logprobs.append(logprobs)
         self.token_ids.append(token_id)
         text, stop = self._detokenizer.push(token_id), None

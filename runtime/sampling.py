@@ -13,6 +13,7 @@ import numpy.typing as npt
 from relay_attention.errors import PromptError
 
 Floats = npt.NDArray[np.float32]
+TIES = 8  # logits asked for beyond those needed: equal ones are common in half precision
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,35 @@ class Sampler:
             self._seen = np.append(self._seen, np.int32(token_id))
         return token_id
 
+    def top_needed(self, generated: int) -> int | None:
+        """How many of the largest logits `sample_top` is to be given; None if the choice takes them all."""
+        params = self.params
+        if params.repetition_penalty != 1.0 or params.logprobs is not None:
+            return None
+        if generated < params.min_new_tokens and self._stop_token_ids:
+            return None
+        if self._generator is None:
+            return 1 + TIES
+        return params.top_k + TIES if params.top_k else None
+
+    def sample_top(self, values: Floats, token_ids: npt.NDArray[np.int64]) -> int | None:
+        """The token that `sample` would choose, from the largest logits only, at least `top_needed` of them.
+
+        values [n], descending; token_ids [n]. None, and no random number is drawn, where these do not settle
+        it: not finite, or so many equal logits at the end that others may be missing.
+        """
+        wanted = self.params.top_k if self._generator else 1
+        if not np.isfinite(values).all() or len(values) <= wanted:
+            return None
+        scaled = self._scale(values, values[0]) if self._generator else values
+        if not scaled[-1] < scaled[wanted - 1]:
+            return None
+        kept = np.flatnonzero(scaled >= scaled[wanted - 1])
+        kept = kept[np.argsort(token_ids[kept])]
+        if self._generator is None:
+            return int(token_ids[kept[0]])
+        return self._draw_from(token_ids[kept], scaled[kept], self._generator)
+
     def logprobs(self, logits: Floats, token_id: int) -> TokenLogprobs | None:
         """Log-probabilities of the chosen token and the likeliest by logits [vocab], if asked for."""
         count = self.params.logprobs
@@ -176,15 +206,22 @@ class Sampler:
         return logits
 
     def _draw(self, logits: Floats, generator: np.random.Generator) -> int:
-        params = self.params
+        scaled, top_k = self._scale(logits, logits.max()), self.params.top_k
+        if not 0 < top_k < len(scaled):
+            return self._draw_from(np.arange(len(scaled)), scaled, generator)
+        candidates = np.flatnonzero(scaled >= np.partition(scaled, -top_k)[-top_k])
+        return self._draw_from(candidates, scaled[candidates], generator)
+
+    def _scale(self, logits: Floats, maximum: np.float32) -> Floats:
         # the maximum goes first: logits / temperature overflows where the temperature is tiny
-        scaled = (logits - logits.max()) / np.float32(max(params.temperature, 1e-20))
-        if 0 < params.top_k < len(scaled):
-            least = np.partition(scaled, -params.top_k)[-params.top_k]
-            candidates = np.flatnonzero(scaled >= least)
-            scaled = scaled[candidates]
-        else:
-            candidates = np.arange(len(scaled))
+        scaled: Floats = (logits - maximum) / np.float32(max(self.params.temperature, 1e-20))
+        return scaled
+
+    def _draw_from(
+        self, candidates: npt.NDArray[np.int64], scaled: Floats, generator: np.random.Generator
+    ) -> int:
+        """Draws one of the candidates, in the order of their ids, after top_p and min_p."""
+        params = self.params
         weights = np.exp(scaled).astype(np.float64)
         weights /= weights.sum()
         if params.top_p < 1:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relay_attention.errors import BackendError
-from relay_attention.runtime.backend import Backend
+from relay_attention.runtime.backend import Backend, ReadsTop
 from relay_attention.runtime.request import GenerationEvent, Request
 
 IDLE_FACTOR = 8  # with no request decoding, nobody waits for a prefill call: it may be so many times larger
@@ -103,7 +103,7 @@ class Scheduler:
             self._call(last_row, [request], budget)
             if request.prompt_left:
                 return []
-            logits = self._backend.read_logits()
+            chosen = self._choose([request])
         except BackendError as error:
             self._chunked = None
             return [request.finish("error", error=str(error))]
@@ -111,7 +111,7 @@ class Scheduler:
             self._backend.move(last_row, row, request.cached)
         self._chunked = None
         self._running.append(request)
-        return self._accept(row, logits)
+        return self._accept(row, chosen)
 
     def _run(self, first_row: int) -> list[GenerationEvent]:
         """Advances all requests from a row on: whole prompts, or one token of each that decodes."""
@@ -120,11 +120,11 @@ class Scheduler:
             return []
         try:
             self._call(first_row, requests, max(request.prompt_left for request in requests) or 1)
-            logits = self._backend.read_logits()
+            chosen = self._choose(requests)
         except BackendError as error:
             del self._running[first_row:]
             return [request.finish("error", error=str(error)) for request in requests]
-        return self._accept(first_row, logits)
+        return self._accept(first_row, chosen)
 
     def _call(self, first_row: int, requests: list[Request], limit: int) -> None:
         """One backend step: of each request at most `limit` prompt tokens, or the last generated one."""
@@ -138,10 +138,26 @@ class Scheduler:
         for request, query_len in zip(requests, query_lens.tolist(), strict=True):
             request.cached += query_len
 
-    def _accept(self, first_row: int, logits: npt.NDArray[np.float32]) -> list[GenerationEvent]:
-        """Lets the requests from a row on choose a token from logits [n, vocab]; frees those that end."""
-        requests = self._running[first_row:]
-        events = [request.accept(row) for request, row in zip(requests, logits, strict=True)]
+    def _choose(self, requests: list[Request]) -> list[int | npt.NDArray[np.float32]]:
+        """After a step: of each request its next token, or the logits [vocab] to choose it from.
+
+        The logits are read only if a request's parameters, or equal logits, ask for all of them.
+        """
+        counts = [request.top_needed for request in requests]
+        needed = [count for count in counts if count is not None]
+        if not isinstance(self._backend, ReadsTop) or len(needed) < len(counts):
+            return list(self._backend.read_logits())
+        rows = zip(requests, *self._backend.read_top(max(needed)), strict=True)
+        tokens = [request.choose(values, token_ids) for request, values, token_ids in rows]
+        unsettled = self._backend.read_logits() if None in tokens else ()
+        return [unsettled[row] if token is None else token for row, token in enumerate(tokens)]
+
+    def _accept(self, first_row: int, chosen: list[int | npt.NDArray[np.float32]]) -> list[GenerationEvent]:
+        """Lets the requests from a row on go on with what `_choose` gave; frees those that end."""
+        events = [
+            request.take(choice) if isinstance(choice, int) else request.accept(choice)
+            for request, choice in zip(self._running[first_row:], chosen, strict=True)
+        ]
         for row in reversed(range(first_row, first_row + len(events))):  # the last first: it needs no move
             if events[row - first_row].result:
                 self._release(row)
