@@ -1,6 +1,5 @@
 // relay::RelayAttention as every adapter sees it: names, attributes, shapes, and the checks they share.
-// plugins/schema.py holds the same definition for Python; a test keeps the two equal. Knows no engine and no
-// kernel.
+// plugins/schema.py holds the same definition for Python; a test keeps the two equal.
 #pragma once
 
 #include <cstddef>
@@ -74,12 +73,10 @@ std::string CheckInputCount(const Attributes& attributes, size_t count);
 // `query`: [batch, sequence, num_heads * head_dim], the first two may be unknown (-1).
 std::string CheckHeadDim(const Attributes& attributes, const Shape& query);
 
-// Derives the geometry from the shapes of the first `InputCount(do_rotary)` inputs, or says which of them
-// disagree.
+// Derives the geometry from the shapes of all inputs of a node, or says which of them disagree.
 std::string MakeGeometry(const Attributes& attributes, const std::vector<Shape>& inputs, Geometry* geometry);
 
-// Checks lengths that are readable on the host: `context_lens` and `query_lens` hold `geometry.batch` numbers
-// each.
+// Checks lengths that are readable on the host, `geometry.batch` numbers each.
 std::string CheckLengths(const Geometry& geometry, const int32_t* context_lens, const int32_t* query_lens);
 
 }  // namespace relay

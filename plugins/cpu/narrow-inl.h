@@ -184,8 +184,7 @@ HWY_INLINE void AttendBlock(const NarrowRows& rows, int64_t first_row, const T* 
   }
 }
 
-// Adds keys [begin, end) to the states of `row_count` rows. T: float or hwy::float16_t, converted as it is
-// read.
+// Adds keys [begin, end) to the states of `row_count` rows. float16 is converted as it is read.
 template <typename T>
 HWY_INLINE void AttendNarrow(const NarrowRows& rows, int64_t row_count, const T* key, const T* value,
                              int64_t begin, int64_t end, float cap) {

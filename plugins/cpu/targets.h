@@ -1,5 +1,5 @@
-// Which instruction sets kernels.cc is compiled for, and whether this CPU runs them. Before any Highway
-// header.
+// The instruction sets that kernels.cc is compiled for, and whether this CPU runs them. To be included before
+// any header of Highway.
 #pragma once
 
 #if defined(__x86_64__)

@@ -34,8 +34,7 @@ template <int kVecs>
 inline constexpr int kWideDims = kVecs == 2 ? 4 : 8;
 #endif
 
-// The tile of query rows and its softmax state; `stride` floats from one element to the next, one lane per
-// row.
+// The tile of query rows and its softmax state, one lane a row; `stride` floats from one element to the next.
 struct WideTile {
   int64_t head_dim;
   int64_t stride;      // rows, rounded up to whole vectors
@@ -49,8 +48,7 @@ struct WideTile {
   float* block_max;    // [stride]
 };
 
-// scores[key][row] = K[key] . Q[row] for kKeys keys and kVecs vectors of rows; block_max takes the maximum
-// along.
+// scores[key][row] = K[key] . Q[row] for kKeys keys and kVecs vectors of rows; block_max is kept up.
 template <int kVecs, int kKeys>
 HWY_INLINE void ScoreTile(const float* HWY_RESTRICT query, const float* HWY_RESTRICT key, int64_t head_dim,
                           int64_t stride, float* HWY_RESTRICT scores, float* HWY_RESTRICT block_max) {
@@ -127,8 +125,7 @@ HWY_NOINLINE void ScoreKeys(const float* query, const float* key, int64_t count,
   }
 }
 
-// o[dim][row] += sum over keys of value[key][dim] * weights[key][row], for kDims dims and kVecs vectors of
-// rows.
+// o[dim][row] += sum over keys of value[key][dim] * weights[key][row]; kDims dims, kVecs vectors of rows.
 template <int kVecs, int kDims>
 HWY_INLINE void ValueTile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT value, int64_t count,
                           int64_t head_dim, int64_t stride, float* HWY_RESTRICT o) {
@@ -238,8 +235,7 @@ HWY_NOINLINE void OnlineSoftmax(const WideTile& tile, int64_t count) {
   }
 }
 
-// Adds keys [begin, end) of `key_count` to the state of the tile. T: float or hwy::float16_t, converted block
-// by block.
+// Adds keys [begin, end) of `key_count` to the state of the tile. float16 is converted block by block.
 template <typename T>
 HWY_INLINE void AttendWide(const WideTile& tile, const T* key, const T* value, int64_t begin, int64_t end,
                            int64_t key_count, float cap, float* key_block, float* value_block) {

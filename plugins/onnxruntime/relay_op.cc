@@ -24,8 +24,7 @@ void ReadAttribute(const OrtKernelInfo* info, const char* name, T* value) {
                      (std::is_same_v<T, float> ? "a float" : "an integer") + ": " + status.GetErrorMessage());
 }
 
-// The node's shape of an input as the session knows it, -1 for what it does not know; empty where it knows
-// nothing.
+// An input's shape as the session knows it: -1 for an unknown dim, empty where nothing is known.
 Shape StaticShape(const Ort::ConstKernelInfo& info, Input input) {
   const Ort::TypeInfo type = info.GetInputTypeInfo(input);
   if (type.GetONNXType() != ONNX_TYPE_TENSOR) return {};

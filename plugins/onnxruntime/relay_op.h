@@ -16,8 +16,7 @@ namespace relay::ort {
 #error "the headers of ONNX Runtime 1.18 or later are needed; set ONNXRUNTIME_ROOT to them"
 #endif
 
-// The API version that ONNX Runtime and these headers both know, at least kMinApiVersion. Set by
-// RegisterCustomOps.
+// The API version that ONNX Runtime and these headers both know; RegisterCustomOps sets it.
 inline constexpr uint32_t kMinApiVersion = 18;
 extern uint32_t api_version;
 
