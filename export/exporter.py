@@ -87,7 +87,7 @@ def export_model(
     with replace_folder(output) as folder:
         tokenizer = _copy_tokenizer(files_beside(source), folder)
         prompt = tokenize(tokenizer, system_prompt, template)
-        loaded = _load(source, kind, precision)
+        loaded = _load(source, kind, precision, len(prompt.token_ids), max_context)
         max_context = choose_max_context(len(prompt.token_ids), loaded.max_positions, max_context)
         rewrite(
             loaded.model,
@@ -110,7 +110,7 @@ def export_model(
             prefix=PrefixInfo(prefix, 0, (), prompt.template),
             tokens=TokenIds(tokenizer.bos_id, tuple(eos), tokenizer.pad_id),
             logits="all" if all_logits else "last",
-            source={"kind": kind, "architecture": loaded.architecture},
+            source=_source(loaded),
             files=entries,
         )
         _check_tokens(manifest)
@@ -128,7 +128,9 @@ def export_model(
     return output.resolve()
 
 
-def _load(folder: Path, kind: str, precision: str | None) -> SourceModel:
+def _load(
+    folder: Path, kind: str, precision: str | None, prefix_length: int, max_context: int | None
+) -> SourceModel:
     if kind == GENAI:
         from relay_attention.export.genai import load_genai
 
@@ -152,7 +154,12 @@ def _load(folder: Path, kind: str, precision: str | None) -> SourceModel:
             f"{folder} is a Hugging Face model; exporting it needs torch, transformers and onnxscript "
             f"(pip install 'relay-attention[export]'): {error}"
         ) from error
-    return load_huggingface(folder, PRECISIONS[precision or "fp32"])
+    return load_huggingface(folder, PRECISIONS[precision or "fp32"], prefix_length, max_context)
+
+
+def _source(loaded: SourceModel) -> dict[str, str]:
+    source = {"kind": loaded.kind, "architecture": loaded.architecture}
+    return source | ({"min_prefix": str(loaded.min_prefix)} if loaded.min_prefix else {})
 
 
 def _check_precision(loaded: SourceModel, folder: Path, precision: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,9 @@ import torch
 import transformers
 
 from relay_attention.errors import ExportError
+from relay_attention.export.experts import split_experts
 from relay_attention.export.passes import FoldWeightTransposes, run
+from relay_attention.export.rotary_regime import fix_regime
 from relay_attention.export.source import HUGGINGFACE, SourceModel, token_list
 
 IMPLEMENTATION = "relay"
@@ -45,7 +48,15 @@ _REASONS = {
     "cache": "it manages a cache of its own",
     "indexer": "it selects keys by an indexer",
 }
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope", "su"}
+# what a model's config or code mentions, and why that is the likely reason for a refusal
+_EVIDENCE = (
+    ("alibi", "ALiBi adds a bias by distance to every score, which RelayAttention has not"),
+    ("kv_lora_rank", "multi-head latent attention caches a compressed state, not keys and values"),
+    (
+        "gateddelta|linear_?attention|mamba|ssm_|rwkv|recurrent",
+        "layers of linear attention, state-space or recurrent, keep a state that is no list of keys",
+    ),
+)
 
 
 class _Visibility:
@@ -68,17 +79,26 @@ class _Trace:
 _trace: _Trace | None = None
 
 
-def load_huggingface(folder: Path, dtype: str) -> SourceModel:
+def load_huggingface(
+    folder: Path, dtype: str, prefix_length: int = 0, max_context: int | None = None
+) -> SourceModel:
     """Loads a folder's causal language model and traces it; the graph's weights are the model's own tensors.
 
     dtype: "float32" or "float16", to which the weights are converted.
+    prefix_length: tokens of the system prompt. max_context: as the user gave it. Both matter only to rotary
+        embedding that depends on how long a request is.
     Raises: ExportError for a model that is not a decoder, needs code of its own, lacks weights, or whose
         attention does not go through transformers' attention interface.
     """
     config = _read_config(folder)
     text_config = config.get_text_config(decoder=True)
-    max_positions = _max_positions(text_config, folder)
+    max_positions = _max_positions(config, text_config, folder)
     model = _load(folder, config, getattr(torch, dtype))
+    try:
+        regime = fix_regime(model, prefix_length, max_context, max_positions)
+    except ExportError as error:
+        raise ExportError(f"{folder}: {type(model).__name__}: {error}") from error
+    split_experts(model)
     with _registered(max_positions) as trace, torch.no_grad():
         _probe(model, trace, folder)
         graph = _export(model, trace, folder)
@@ -89,7 +109,8 @@ def load_huggingface(folder: Path, dtype: str) -> SourceModel:
         model=graph,
         kind=HUGGINGFACE,
         architecture=type(model).__name__,
-        max_positions=max_positions,
+        max_positions=regime.max_positions,
+        min_prefix=regime.min_prefix,
         num_layers=text_config.num_hidden_layers,
         eos=eos,
     )
@@ -118,21 +139,28 @@ def _read_config(folder: Path) -> Any:
     return config
 
 
-def _max_positions(config: Any, folder: Path) -> int:
-    scaling = getattr(config, "rope_parameters", None) or {}
-    per_type = [scaling, *(value for value in scaling.values() if isinstance(value, dict))]
-    for parameters in per_type:
-        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            raise ExportError(
-                f"{folder}: rotary embedding of type {parameters['rope_type']!r} depends on the length of "
-                "each request "
-                "and cannot share a prefix; it is not supported"
-            )
+def _max_positions(config: Any, text_config: Any, folder: Path) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(config, name, None)
+        value = getattr(text_config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    raise ExportError(f"{folder / 'config.json'}: it does not say how many positions the model has")
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    raise ExportError(
+        f"{folder}: {model_class.__name__}: config.json does not say how many positions the model has"
+        f"{_likely_reason(model_class, config)}"
+    )
+
+
+def _likely_reason(model_class: type, config: Any) -> str:
+    """What in a model's config or code explains a refusal, for its message; empty if nothing known does."""
+    text_config = config.get_text_config(decoder=True)
+    layer_types = map(str, getattr(text_config, "layer_types", None) or ())
+    names = vars(sys.modules[model_class.__module__]).items()
+    own = [name for name, value in names if getattr(value, "__module__", "") == model_class.__module__]
+    words = [*text_config.to_dict(), *layer_types, *own]
+    mentioned = " ".join(words).lower()
+    reasons = (reason for pattern, reason in _EVIDENCE if re.search(pattern, mentioned))
+    return "".join(f" ({reason})" for reason in list(reasons)[:1])
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -144,7 +172,6 @@ def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -169,11 +196,18 @@ def _registered(max_positions: int) -> Iterator[_Trace]:
     global _trace
     transformers.AttentionInterface.register(IMPLEMENTATION, _attention)
     transformers.AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    # models that do not go through the attention interface may still call torch's attention with its masks
+    masks = transformers.AttentionMaskInterface._global_mapping
+    own_mask, own_attention = masks["sdpa"], torch.nn.functional.scaled_dot_product_attention
+    masks["sdpa"] = _mask
+    torch.nn.functional.scaled_dot_product_attention = _torch_attention
     _trace = _Trace(max_positions)
     try:
         yield _trace
     finally:
         _trace = None
+        masks["sdpa"] = own_mask
+        torch.nn.functional.scaled_dot_product_attention = own_attention
 
 
 def _inputs() -> dict[str, torch.Tensor]:
@@ -192,20 +226,19 @@ def _probe(model: Any, trace: _Trace, folder: Path) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
         model(**_inputs(), use_cache=False, return_dict=True)
     except ExportError as error:
-        raise ExportError(f"{folder}: {name}: {error}") from error
+        raise ExportError(f"{folder}: {name}: {error}{_likely_reason(type(model), model.config)}") from error
     except Exception as error:  # the model's own code
         raise ExportError(
             f"{folder}: {name} does not run with an attention function from outside "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {_first_line(error)}){_likely_reason(type(model), model.config)}"
         ) from error
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if trace.num_sites != layers:
         raise ExportError(
             f"{folder}: {name} has {layers} layers, but {trace.num_sites} attentions that go through "
-            "transformers' "
-            "attention interface: the others keep a state that the artifact cannot cache, or attend in "
-            "code of "
-            "their own"
+            "transformers' attention interface or torch's scaled_dot_product_attention: the others keep a "
+            f"state that the artifact cannot cache, or attend in code of their own"
+            f"{_likely_reason(type(model), model.config)}"
         )
 
 
@@ -333,8 +366,7 @@ def _attention(
     if key.shape[-1] != head_dim or value.shape[-1] != head_dim:
         raise ExportError(
             f"its query, key and value have head sizes {head_dim}, {key.shape[-1]}, {value.shape[-1]}, "
-            "which differ "
-            "(multi-head latent attention?)"
+            "which differ"
         )
     if _trace.replay is None:
         _trace.num_sites += 1
@@ -360,6 +392,30 @@ def _attention(
         version=1,
     )
     return output.reshape(batch, sequence, num_heads, head_dim), None
+
+
+def _torch_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Stands for torch's scaled_dot_product_attention while a model is traced.
+
+    Shapes as of `_attention`. Returns: [batch, num_heads, sequence, head_dim].
+    """
+    if attn_mask is None and is_causal:
+        attn_mask = _Visibility(-1)
+    elif attn_mask is None:
+        raise ExportError("its attention has no mask: a query sees tokens that come after it")
+    if query.ndim != 4:
+        raise ExportError(f"its attention takes a query of {query.ndim} dimensions")
+    output, _ = _attention(torch.nn.Module(), query, key, value, attn_mask, scaling=scale)
+    return output.transpose(1, 2)
 
 
 @contextmanager

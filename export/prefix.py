@@ -125,6 +125,12 @@ def make_prefix(
     tokenizer = Tokenizer.open(artifact.path)
     prompt = tokenize(tokenizer, system_prompt, template or manifest.prefix.template)
     max_positions = manifest.geometry.max_positions
+    min_prefix = int(manifest.source.get("min_prefix", 0))
+    if len(prompt.token_ids) < min_prefix:
+        raise ExportError(
+            f"{output} was exported with rotary frequencies for long texts: a system prompt needs at least "
+            f"{min_prefix} tokens there, this one has {len(prompt.token_ids)}; export the model with it"
+        )
     if max_context is None:
         max_context = min(manifest.max_context, max(1, max_positions - len(prompt.token_ids)))
     max_context = choose_max_context(len(prompt.token_ids), max_positions, max_context)

@@ -19,6 +19,7 @@ class SourceModel:
     """A source graph that computes `logits` from `input_ids`, with attention in a form that a matcher knows.
 
     kind: "huggingface", "genai" or "onnx". max_positions: tokens that the model's positions reach.
+    min_prefix: tokens that a prefix must have for the graph to be right (rotary for long texts only).
     num_layers: how many attentions the graph must hold, None where the source does not say.
     eos: the ids that end a text.
     """
@@ -29,6 +30,7 @@ class SourceModel:
     max_positions: int
     num_layers: int | None
     eos: tuple[int, ...]
+    min_prefix: int = 0
 
 
 def detect(folder: Path) -> str:
@@ -40,7 +42,11 @@ def detect(folder: Path) -> str:
     if folder.is_file() and folder.suffix == ".onnx":
         return ONNX
     if not folder.is_dir():
-        what = "is a file, a model's folder or an .onnx file is expected" if folder.exists() else "no such folder"
+        what = (
+            "is a file, a model's folder or an .onnx file is expected"
+            if folder.exists()
+            else "no such folder"
+        )
         raise ExportError(f"{folder}: {what}")
     if (folder / "genai_config.json").is_file():
         return GENAI

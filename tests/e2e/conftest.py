@@ -21,3 +21,18 @@ def tiny() -> ModuleType:
         sys.modules["tiny_models"] = module
         spec.loader.exec_module(module)
     return sys.modules["tiny_models"]
+
+
+class ModelsTable:
+    """What the tests of families found, in order: (title, architecture, reason of a refusal or None)."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str | None]] = []
+
+    def __call__(self, title: str, architecture: str, refusal: str | None) -> None:
+        self.rows.append((title, architecture, refusal))
+
+
+@pytest.fixture(scope="session")
+def models_table() -> ModelsTable:
+    return ModelsTable()

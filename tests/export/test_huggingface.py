@@ -90,29 +90,12 @@ def _small(config: type, **fields: object) -> transformers.PretrainedConfig:
             ),
             "attention sinks",
         ),
-        (lambda: transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), "positions"),
+        (lambda: transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), "ALiBi"),
         (
             lambda: transformers.MambaConfig(
                 vocab_size=64, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64
             ),
-            "0 attentions",
-        ),
-        (
-            lambda: _small(
-                transformers.LlamaConfig,
-                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            ),
-            "'dynamic' depends on the length",
-        ),
-        (
-            lambda: _small(
-                transformers.Phi3Config, pad_token_id=0, original_max_position_embeddings=32,
-                rope_parameters={
-                    "rope_type": "longrope", "rope_theta": 1e4,
-                    "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
-                },
-            ),
-            "'longrope' depends on the length",
+            "0 attentions.*state-space",
         ),
     ],
 )  # fmt: skip
