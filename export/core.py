@@ -1,9 +1,9 @@
 """Attention that a graph spells out around caches of its own: described by its form, proved by running it.
 
 A form (`forms/decomposed.py`, `forms/onnx_attention.py`, `forms/multi_head_attention.py`) says which values
-enter an attention and which leave it: a `Core`. That description is a guess until `describe` has run the nodes
-between these values, and found that they compute causal attention, with one scale, softcap and window, over
-past and new tokens.
+enter an attention and which leave it: a `Core`. That description is a guess until `describe` has run the
+nodes between these values, and found that they compute causal attention, with one scale, softcap and window,
+over past and new tokens.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _joined(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
         return None
     cache, new = node.inputs[0], node.inputs[1]
     while cache is not None and (maker := cache.producer()) is not None:
-        if maker.op_type not in _LAYOUT:
+        if maker.op_type not in _LAYOUT | _DEQUANTIZE | {"Cast"}:
             return None
         cache = maker.inputs[0]
     return (cache, new) if cache is not None and new is not None and is_cache(cache) else None
@@ -241,7 +241,7 @@ def _find_window(core: Core, probe: Probe, max_positions: int) -> int:
 
     Raises: ExportError if the mask is anything but causal with one window for all positions.
     """
-    longest = min(max_positions, _LONGEST)
+    longest = min(max_positions, _LONGEST, probe.capacity or _LONGEST)
     if probe.has_past:
         last = probe.setting(1, 1, longest - 1)
     else:

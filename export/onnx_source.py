@@ -1,8 +1,8 @@
 """Decoders that exist as ONNX already: optimum's exports, torch.onnx.export, whatever has their form.
 
-Read from model.onnx (or optimum's decoder_model_merged.onnx, decoder_with_past_model.onnx, decoder_model.onnx),
-with config.json and the tokenizer beside it or one folder above. What the graph computes is exported: a window
-or scaling that its exporter lost is not put back.
+Read from model.onnx (or optimum's decoder_model_merged.onnx, decoder_with_past_model.onnx,
+decoder_model.onnx), with config.json and the tokenizer beside it or one folder above. What the graph computes
+is exported: a window or scaling that its exporter lost is not put back.
 """
 
 from __future__ import annotations
@@ -48,6 +48,18 @@ _POSITIONS = (
 )
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope", "su"}
+_PREDICATES = {
+    "And",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "IsNaN",
+    "Less",
+    "LessOrEqual",
+    "Not",
+    "Or",
+    "Xor",
+}
 _SMALL = 1024  # elements of a tensor that constant folding may take up
 
 
@@ -56,7 +68,8 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
 
     source: the file, or a folder with one of `NAMES` in it or in its folder onnx.
     precision: "fp32" or "fp16" if the graph must be of that, None for what it is.
-    Raises: ExportError if files are missing or the graph is no decoder that can be rewritten, naming the node.
+    Raises: ExportError if files are missing or the graph is no decoder that can be rewritten, naming the
+    node.
     """
     file = find_file(source)
     config = read_json(_config_file(file))
@@ -264,6 +277,26 @@ def _normalise(model: ir.Model) -> None:
             common.TopologicalSortPass(),
         ],
     )
+    _infer_types(model)
+
+
+def _infer_types(model: ir.Model) -> None:
+    """Types behind operators that ONNX knows nothing of (com.microsoft): those of what they compute with."""
+    for node in model.graph:
+        operands = [value for value in node.inputs if value is not None and value.type is not None]
+        for output in node.outputs:
+            if output.type is not None:
+                continue
+            if node.op_type == "Cast":
+                output.type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
+            elif node.op_type in ("Shape", "Size"):
+                output.type = ir.TensorType(ir.DataType.INT64)
+            elif node.op_type in _PREDICATES:
+                output.type = ir.TensorType(ir.DataType.BOOL)
+            elif operands:
+                # the condition of a Where, the integers of a DequantizeLinear come first
+                last = node.op_type in ("Where", "DequantizeLinear")
+                output.type = ir.TensorType(operands[min(1, len(operands) - 1) if last else 0].dtype)
 
 
 def _check_interface(model: ir.Model, file: Path) -> None:

@@ -54,6 +54,7 @@ _SAME_SHAPE = {
     "RotaryEmbedding", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "FastGelu", "QuickGelu",
     "BiasGelu", "Abs", "Exp", "Cos", "Sin", "Trilu", "TensorScatter", "AttentionForm",
+    "Attention", "MultiHeadAttention",
 }  # fmt: skip
 _BROADCAST = {
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod",
@@ -83,6 +84,13 @@ class Probe:
         self._symbols: dict[Setting, dict[str, int]] = {}
         self._order = {node: index for index, node in enumerate(model.graph)}
         self.activations = activations(model)
+        static = [
+            value.shape[2]
+            for value in model.graph.inputs
+            if is_cache(value) and value.shape is not None and len(value.shape) == 4 and _is_scattered(value)
+        ]
+        # tokens that static caches hold
+        self.capacity = min((size for size in static if isinstance(size, int)), default=None)
 
     def anew(self) -> Probe:
         """A probe of the model as it is now, with the same inputs known."""
@@ -192,8 +200,7 @@ class Probe:
             return (setting.batch, setting.sequence)
         if is_cache(value):
             assert value.shape is not None
-            static = any(node.op_type == "TensorScatter" for node in value.consumers())
-            past = setting.total + SPARE if static else setting.past
+            past = setting.total + SPARE if _is_scattered(value) else setting.past
             dims = [dim if isinstance(dim, int) else past for dim in value.shape]
             if not isinstance(value.shape[0], int):
                 dims[0] = setting.batch
@@ -417,6 +424,10 @@ class Probe:
 
 
 _GRAPHS = {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
+
+
+def _is_scattered(cache: ir.Value) -> bool:
+    return any(node.op_type == "TensorScatter" for node in cache.consumers())
 
 
 def activations(model: ir.Model) -> set[ir.Value]:

@@ -1,7 +1,7 @@
 """Attention written out: product, scale, softcap, mask, Softmax, product, as torch and optimum emit it.
 
-Found from its Softmax. What lies between the scores and the Softmax is not matched but run: with scores of 0 it
-gives the mask, wherever and however that is applied.
+Found from its Softmax. What lies between the scores and the Softmax is not matched but run: with scores of 0
+it gives the mask, wherever and however that is applied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Positions and sizes that a graph works out from its masks and caches come from input_ids and position_ids."""
+"""Positions and sizes that a graph works out from its masks and caches come from input_ids and
+position_ids."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ _SIZES = ((2, 5, 7), (3, 11, 13), (1, 1, 4))
 class SettleSizes(ir.passes.InPlacePass):
     """Finds what is left of inputs that go (attention_mask, caches, lengths), and what it stands for.
 
-    A value [batch or 1, sequence] that is past + 0, 1, 2, ... at every setting tried is position_ids; a number
-    that is the batch, the sequence or always the same is taken from input_ids, or constant. Then the inputs go.
+    A value [batch or 1, sequence] that is past + 0, 1, 2, ... at every setting tried is position_ids; a
+    number that is the batch, the sequence or always the same is taken from input_ids, or constant. Then the
+    inputs go.
     Raises: ExportError naming the node that reads anything else.
     """
 

@@ -1,0 +1,179 @@
+"""Every form of attention in an ONNX decoder, exported and decoded, beside what the graph itself decodes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+
+from relay_attention.errors import ExportError
+from relay_attention.export import export_model
+from relay_attention.export.onnx_source import load_onnx
+from relay_attention.runtime import RelayDecoder, SamplingParams
+from relay_attention.runtime.artifact import Artifact
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+d = _load("onnx_decoders")
+NEW_TOKENS = 5
+PROMPTS = [np.random.default_rng(n).integers(3, d.VOCAB, n).tolist() for n in (1, 14, 3, 9)]
+
+WORKING = {
+    "decomposed": lambda: d.decoder(d.decomposed()),
+    "decomposed-scaled-query": lambda: d.decoder(d.decomposed(scale="query", repeat="tile")),
+    "decomposed-scaled-key": lambda: d.decoder(d.decomposed(scale="key", repeat="gather", factor=0.4)),
+    "decomposed-scale-split": lambda: d.decoder(d.decomposed(scale="split", guard=True)),
+    "decomposed-divided": lambda: d.decoder(d.decomposed(scale="divide", mask="where"), opset=17),
+    "decomposed-softcap": lambda: d.decoder(d.decomposed(softcap=1.5, mask="arithmetic")),
+    "decomposed-window": lambda: d.decoder(d.decomposed(window=24, softcap=2.0, mask="where")),
+    "decomposed-heads": lambda: d.decoder(d.decomposed(scale="split"), kv_heads=4),
+    "decomposed-one-kv-head": lambda: d.decoder(d.decomposed(), kv_heads=1),
+    "positions-cumsum": lambda: d.decoder(d.decomposed(), positions="cumsum"),
+    "positions-range": lambda: d.decoder(d.decomposed(), positions="range"),
+    "attention-23": lambda: d.decoder(d.onnx_attention(), opset=23),
+    "attention-23-float-mask": lambda: d.decoder(
+        d.onnx_attention(mask="float", scale=0.3, softcap=2.0), opset=23
+    ),
+    "attention-23-window-3d": lambda: d.decoder(d.onnx_attention(rank=3, window=24), opset=23),
+    "attention-23-inner-cache": lambda: d.decoder(d.onnx_attention(inner=True, mask="bool"), opset=23),
+    "attention-24": lambda: d.decoder(d.onnx_attention(), opset=24),
+    "attention-24-inner-causal-3d": lambda: d.decoder(
+        d.onnx_attention(rank=3, inner=True, mask=None, is_causal=1), opset=24
+    ),
+    "attention-24-scatter": lambda: d.decoder(d.scattered, opset=24, prepare=d.lengths),
+    "multi-head": lambda: d.decoder(d.multi_head(), kv_heads=4),
+    "multi-head-bias": lambda: d.decoder(d.multi_head(bias=True, padding=True), kv_heads=4),
+    "multi-head-unidirectional": lambda: d.decoder(d.multi_head(causal="unidirectional"), kv_heads=4),
+    "multi-head-concat": lambda: d.decoder(d.multi_head(inner=False), kv_heads=4),
+}
+
+
+@pytest.fixture
+def folder(tiny: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    def make(model: onnx.ModelProto, **config: object) -> Path:
+        return d.save(tmp_path / "model", model, tiny.make_tokenizer, **config)
+
+    return make
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_greedy_tokens_are_the_graphs_own(
+    tiny: ModuleType, folder: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    model = WORKING[name]()
+    output = export_model(folder(model), tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
+    manifest = Artifact.open(output).manifest
+    assert manifest.source == {"kind": "onnx", "architecture": "TestDecoder"}
+    assert manifest.prefix.length > 3 * tiny.WINDOW
+    assert manifest.geometry.local_window_size == ((24, 24) if "window" in name else (-1, -1))
+    heads = 4 if name.startswith("multi") or name == "decomposed-heads" else 1 if "one-kv" in name else 2
+    assert manifest.geometry.kv_num_heads == (heads, heads)
+    with RelayDecoder.load(output, max_batch=3, threads=1, prefill_chunk=8) as decoder:
+        greedy = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        found = [result.token_ids for result in decoder.generate(PROMPTS, greedy)]
+    whole = [[*manifest.prefix.token_ids, *prompt] for prompt in PROMPTS]
+    assert found == d.greedy(model, whole, NEW_TOKENS)
+
+
+def _alibi(b, layer: int, scores: str) -> str:
+    distance = b.op("Range", b.tensor(0), b.op("Squeeze", b.size("attention_mask", 1)), b.tensor(1))
+    slopes = b.tensor(np.array([0.5, 0.25, 0.125, 0.0625]).reshape(4, 1, 1), np.float32)
+    return b.op("Add", scores, b.op("Mul", slopes, b.op("Cast", distance, to=1)))
+
+
+def _sinks(b, layer: int, query: str, key: str, value: str) -> str:
+    q = b.by_heads(query, d.HEADS)
+    k, v = d.joined(b, layer, key, value)
+    scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
+    scores = b.op("Add", scores, d.additive(b, d.visible(b)))
+    column = b.op(
+        "Concat", b.size("input_ids", 0), b.tensor([4]), b.size("input_ids", 1), b.tensor([1]), axis=0
+    )
+    joined = b.op("Concat", scores, b.op("Expand", b.weight(4, 1, 1), column), axis=-1)
+    weights = b.op("Slice", b.op("Softmax", joined, axis=-1), b.tensor([0]), b.tensor([-1]), b.tensor([-1]))
+    return b.flat(b.op("MatMul", weights, v))
+
+
+def _quantised(b, layer: int, query: str, key: str, value: str) -> str:
+    results = []
+    for what, new in (("key", key), ("value", value)):
+        shape = ("batch", 4, "past", d.HEAD_DIM)
+        past = b.input(f"past_key_values.{layer}.{what}", onnx.TensorProto.INT8, *shape)
+        scale = b.tensor(0.02, np.float32)
+        wide = b.op("DequantizeLinear", past, scale)
+        results.append(b.op("Concat", wide, b.by_heads(new, 4), axis=2))
+    k = b.op("Transpose", results[0], perm=[0, 1, 3, 2])
+    scores = b.op("Add", b.op("MatMul", b.by_heads(query, 4), k), d.additive(b, d.visible(b)))
+    return b.flat(b.op("MatMul", b.op("Softmax", scores, axis=-1), results[1]))
+
+
+def _learned_bias(b, layer: int, scores: str) -> str:
+    """A bias that the token ids choose."""
+    column = b.op("Gather", b.weight(d.VOCAB), "input_ids")
+    return b.op("Add", scores, b.op("Unsqueeze", column, b.tensor([1, 3])))
+
+
+def _chunked(b, layer: int, query: str, key: str, value: str) -> str:
+    k, v = d.joined(b, layer, key, value)
+    mask = d.visible(b, chunk=16)
+    return b.flat(b.op("Attention", b.by_heads(query, d.HEADS), k, v, mask))
+
+
+REFUSED = {
+    "alibi": (lambda: d.decoder(d.decomposed(edit=_alibi)), r"Softmax node '/Softmax_\d+'.*more than a mask.*ALiBi"),
+    "chosen-bias": (lambda: d.decoder(d.decomposed(edit=_learned_bias)), r"Softmax.*cannot be evaluated.*token ids"),
+    "sinks": (lambda: d.decoder(_sinks, kv_heads=4), r"Softmax.*Concat node '/Concat_\d+'.*attention sinks"),
+    "quantised": (lambda: d.decoder(_quantised, kv_heads=4), r"Softmax node.*quantised"),
+    "no-mask": (
+        lambda: d.decoder(d.decomposed(mask="none")),
+        r"Softmax.*not causal.*the query at position \d+ sees the key at \d+",
+    ),
+    "chunked": (lambda: d.decoder(_chunked, opset=23), r"Attention node '/Attention_\d+'.*not causal with a fixed"),
+    "causal-from-the-first-key": (
+        # aligned with the first key, so that new tokens behind a cache do not see what is before them
+        lambda: d.decoder(d.onnx_attention(mask=None, is_causal=1), opset=23),
+        r"Attention node.*not causal",
+    ),
+    "two-softcaps": (
+        lambda: d.decoder(d.decomposed(softcap=2.0, edit=lambda b, _, scores: b.op("Tanh", scores))),
+        r"Softmax.*two Tanh",
+    ),
+    "scores-squared": (
+        lambda: d.decoder(d.decomposed(edit=lambda b, _, scores: b.op("Mul", scores, scores))),
+        r"Softmax.*no constant, in node '/Mul_\d+'",
+    ),
+    "scores-shifted": (
+        lambda: d.decoder(d.decomposed(edit=lambda b, _, s: b.op("Add", s, b.tensor(1, np.float32)))),
+        r"Softmax.*more than a mask: 1 at a visible key",
+    ),
+    "scores-clipped": (
+        lambda: d.decoder(
+            d.decomposed(edit=lambda b, _, s: b.op("Min", s, b.tensor(0.01, np.float32)))
+        ),
+        r"Softmax.*run by itself, it is not attention",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_causal_attention_is_refused_by_name(folder: Callable[..., Path], name: str) -> None:
+    model, reason = REFUSED[name]
+    path = folder(model())
+    with pytest.raises(ExportError, match=reason) as found:
+        load_onnx(path)
+    assert str(path / "model.onnx") in str(found.value)
