@@ -1,0 +1,468 @@
+"""The backend "onnxruntime-cuda". NO GPU is used here, but by the tests marked `gpu`.
+
+Its class runs with ONNX Runtime's CPU provider (device="cpu"): in main memory, or over a FAKE of cuda-python
+whose device memory is main memory too. That shows binding, addresses, order and the choice of tokens; not
+that a GPU, its provider or the CUDA kernels do what they should.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from relay_attention.errors import BackendError
+from relay_attention.runtime import Artifact, RelayDecoder, SamplingParams
+from relay_attention.runtime import onnxruntime_cuda_backend as module
+from relay_attention.runtime.backend import ReadsTop, load_backend
+from relay_attention.runtime.sampling import TIES, Sampler
+from relay_attention.runtime.top_tokens import top_tokens_model
+
+TESTS = Path(__file__).parents[1]
+NAME = "onnxruntime-cuda"
+HAS_CUDA = module.CUDA in onnxruntime.get_available_providers()
+
+MIXED = [
+    SamplingParams(max_new_tokens=10),
+    SamplingParams(max_new_tokens=10, temperature=0.9, top_k=20, seed=1, ignore_eos=True),
+    SamplingParams(max_new_tokens=10, temperature=1.2, top_k=5, top_p=0.8, min_p=0.02, seed=2),
+    SamplingParams(max_new_tokens=10, temperature=0.7, top_k=10**6, seed=3),
+    SamplingParams(max_new_tokens=10, temperature=0.7, top_p=0.9, seed=4),
+    SamplingParams(max_new_tokens=10, repetition_penalty=1.3),
+    SamplingParams(max_new_tokens=10, min_new_tokens=4, temperature=0.5, top_k=3, seed=5),
+    SamplingParams(max_new_tokens=10, logprobs=2),
+]
+
+
+def imported(path: Path) -> ModuleType:
+    """A module that pytest's importlib mode cannot import by name."""
+    spec = importlib.util.spec_from_file_location(path.stem + "_of_cuda_tests", path)
+    assert spec
+    assert spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def prompts(artifact: Artifact) -> list[list[int]]:
+    generator = np.random.default_rng(3)
+    vocab_size = artifact.manifest.geometry.vocab_size
+    return [generator.integers(0, vocab_size, n).tolist() for n in (1, 30, 7, 2, 19, 44, 3, 12)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often logits and likeliest tokens were read."""
+    counted: Counter[str] = Counter()
+    for name in ("read_logits", "read_top"):
+        method = getattr(module.OnnxRuntimeCudaBackend, name)
+
+        def call(self: Any, *args: Any, name: str = name, method: Callable[..., Any] = method) -> Any:
+            counted[name] += 1
+            return method(self, *args)
+
+        monkeypatch.setattr(module.OnnxRuntimeCudaBackend, name, call)
+    return counted
+
+
+def run(path: Path, prompts: list[list[int]], params: Any, backend: str = NAME, **options: Any) -> list[Any]:
+    options = ({"device": "cpu"} if backend == NAME else {}) | {"max_batch": 3, "threads": 1} | options
+    with RelayDecoder.load(path, backend, **options) as decoder:
+        return decoder.generate(prompts, params)
+
+
+@pytest.mark.parametrize("mode", ["static", "input"])
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_same_results_as_the_cpu_backend(make_artifact, tmp_path, prompts, calls, mode, logits):
+    """Every kind of sampling, ragged prompts in chunks: equal to the last bit of the log-probabilities."""
+    path = make_artifact(tmp_path / "artifact", mode=mode, logits=logits).path
+    for options in ({"max_batch": 3, "prefill_chunk": 9}, {"max_batch": 8}):
+        found, expected = (run(path, prompts, MIXED, name, **options) for name in (NAME, "onnxruntime"))
+        assert found == expected
+    assert calls["read_top"] > 0
+    assert calls["read_logits"] > 0
+
+
+@pytest.mark.parametrize("params", [MIXED[0], MIXED[1], MIXED[2]])
+def test_only_the_likeliest_are_read(artifact, prompts, calls, params):
+    """Greedy and top-k requests never fetch a row of logits."""
+    found = run(artifact.path, prompts, params)
+    assert calls["read_logits"] == 0
+    assert calls["read_top"] > 0
+    assert found == run(artifact.path, prompts, params, "onnxruntime")
+
+
+def test_float16(make_artifact, tmp_path, prompts):
+    path = make_artifact(tmp_path / "half", dtype="float16").path
+    assert run(path, prompts, MIXED) == run(path, prompts, MIXED, "onnxruntime")
+
+
+def test_graph_of_the_likeliest_tokens():
+    """What is encoded by hand is what onnx makes."""
+    made = onnx.load_from_string(top_tokens_model())
+    onnx.checker.check_model(made, full_check=True)
+
+    def value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [-1])
+    graph = helper.make_graph(
+        [
+            helper.make_node("TopK", ["logits", "count"], ["values", "ids"], "TopK"),
+            helper.make_node("ReduceSum", ["logits", "axes"], ["sums"], "ReduceSum", keepdims=0),
+        ],
+        "top_tokens",
+        [value("logits", TensorProto.FLOAT, "rows", "vocabulary"), value("count", TensorProto.INT64, 1)],
+        [
+            value("values", TensorProto.FLOAT, "rows", "count"),
+            value("ids", TensorProto.INT64, "rows", "count"),
+            value("sums", TensorProto.FLOAT, "rows"),
+        ],
+        [axes],
+    )
+    assert made == helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    assert numpy_helper.to_array(made.graph.initializer[0]).tolist() == [-1]
+
+
+def test_read_top(artifact):
+    backend: Any = load_backend(NAME, artifact, device="cpu", threads=1)
+    assert isinstance(backend, ReadsTop)
+    assert not isinstance(load_backend("onnxruntime", artifact, threads=1), ReadsTop)
+    backend.allocate(4, 16)
+    backend.step(0, np.int32([[5, 6], [7, 0]]), np.int32([0, 0]), np.int32([2, 1]))
+    logits = backend.read_logits()
+    vocab_size = logits.shape[1]
+    for count in (1, 9, vocab_size, vocab_size + 5):
+        values, ids = backend.read_top(count)
+        assert values.shape == ids.shape == (2, min(count, vocab_size))
+        np.testing.assert_array_equal(values, -np.sort(-logits)[:, :count])
+        np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
+    for value in (np.nan, np.inf, -np.inf):
+        backend._last_logits = logits.copy()
+        backend._last_logits[1, 17] = value
+        values, _ = backend.read_top(4)
+        assert np.isfinite(values[0]).all()
+        assert np.isnan(values[1]).all()
+    backend.close()
+
+
+@pytest.mark.parametrize("step", [0.0, 0.25, 2.0])
+def test_sample_top_is_sample(step):
+    """Random logits, also coarse ones with many ties: what the likeliest settle is what all of them give."""
+    settled = 0
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        logits = (random.standard_normal(200) * 3).astype(np.float32)
+        logits = np.round(logits / step).astype(np.float32) * np.float32(step) if step else logits
+        params = SamplingParams(
+            temperature=float(random.choice([0.0, 1e-30, 0.7, 3.0])), top_k=int(random.integers(1, 60)),
+            top_p=float(random.choice([1.0, 0.9])), min_p=float(random.choice([0.0, 0.05])), seed=seed,
+        )  # fmt: skip
+        whole, top = (Sampler(params, [3], []) for _ in range(2))
+        for generated in range(3):
+            count = top.top_needed(generated)
+            assert count is not None
+            ids = np.lexsort((random.random(200), -logits))[: count + int(random.integers(0, 9))]
+            token_id = top.sample_top(logits[ids], ids)
+            settled += token_id is not None
+            token_id = top.sample(logits, generated) if token_id is None else token_id
+            assert token_id == whole.sample(logits, generated)
+    assert settled == 900 if step == 0 else 0 < settled < 900
+
+
+def test_what_the_likeliest_cannot_settle():
+    def settle(values: list[float], **params: Any) -> int | None:
+        sampler = Sampler(SamplingParams(**params), [], [])
+        return sampler.sample_top(np.float32(values), np.arange(len(values))[::-1])
+
+    assert settle([3, 3, 3]) is None
+    assert settle([3, 3, 2]) == 1  # the lower id
+    assert settle([3, 2, 2, 2], temperature=1, top_k=2) is None
+    assert settle([3, 2], temperature=1, top_k=2) is None
+    assert settle([3, 2, 1], temperature=1, top_k=1) == 2
+    # another logit may be as large as these once divided by the temperature and rounded
+    assert settle([1e8, 1.0000001, 1], temperature=1, top_k=2) is None
+    assert settle([np.nan, np.nan]) is None
+    for params in (
+        {"repetition_penalty": 1.1}, {"logprobs": 0}, {"temperature": 1}, {"min_new_tokens": 2},
+    ):  # fmt: skip
+        assert Sampler(SamplingParams(**params), [7], []).top_needed(1) is None
+    assert Sampler(SamplingParams(min_new_tokens=2), [7], []).top_needed(2) == 1 + TIES
+
+
+def test_logits_that_are_not_finite_end_their_request_only(artifact, monkeypatch):
+    step = module.OnnxRuntimeCudaBackend.step
+
+    def spoil(self: Any, first_row: int, *arrays: Any) -> None:
+        step(self, first_row, *arrays)
+        if first_row == 0 and len(self._last_logits) == 2:
+            self._last_logits[1, 5] = np.nan
+
+    monkeypatch.setattr(module.OnnxRuntimeCudaBackend, "step", spoil)
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    results = run(artifact.path, [[5], [6]], params, max_batch=2)
+    assert [result.finish_reason for result in results] == ["length", "error"]
+    assert "not finite" in results[1].error
+
+
+# without CUDA: what is said
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
+def test_onnxruntime_without_cuda(artifact):
+    with pytest.raises(
+        BackendError, match=r"has no CUDA, only .*CPUExecutionProvider.*relay-attention\[cuda\]"
+    ):
+        load_backend(NAME, artifact)
+
+
+def test_onnxruntime_that_cannot_say_where_nodes_run(artifact, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [module.CUDA])
+    name = "get_provider_graph_assignment_info"
+    owner = next(kind for kind in onnxruntime.InferenceSession.__mro__ if name in vars(kind))
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(
+        BackendError, match=r"cannot say which provider runs which node.*onnxruntime-gpu>=1\.24"
+    ):
+        load_backend(NAME, artifact)
+
+
+def test_device_that_is_none(artifact):
+    with pytest.raises(BackendError, match="device is 'gpu': it is 'cuda'"):
+        load_backend(NAME, artifact, device="gpu")
+    with pytest.raises(BackendError, match="threads is 0"):
+        load_backend(NAME, artifact, device="cpu", threads=0)
+
+
+def test_placement(artifact):
+    """A session that fell back to the CPU, as a whole or in its RelayAttention nodes, is refused."""
+    session = load_backend(NAME, artifact, device="cpu", threads=1)._session
+    module.check_placement(session, "CPUExecutionProvider")
+    with pytest.raises(BackendError, match=r"could not start CUDAExecutionProvider and took \['CPUExec"):
+        module.check_placement(session, module.CUDA)
+    claims = SimpleNamespace(
+        get_providers=lambda: [module.CUDA, "CPUExecutionProvider"],
+        get_provider_graph_assignment_info=session.get_provider_graph_assignment_info,
+    )
+    with pytest.raises(
+        BackendError,
+        match=r"2 RelayAttention nodes would not run on CUDA.*'attention_0' on CPUExecutionProv.*RELAY_CUDA",
+    ):
+        module.check_placement(claims, module.CUDA)
+
+
+# the class over a fake of cuda-python
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Device memory of the fake; the session itself is on the CPU and finds it, as it is main memory."""
+    fake = imported(TESTS / "tensorrt" / "fake_gpu.py")
+    made = fake.Gpu()
+    monkeypatch.setattr(module, "CUDA", "CPUExecutionProvider")
+    monkeypatch.setattr(module.DeviceMemory, "device", "cpu")
+    with fake.installed(made, tmp_path / "none.so"):
+        yield made
+
+
+def load_over_fake(path: Path, **options: Any) -> RelayDecoder:
+    return RelayDecoder.load(path, NAME, **({"max_batch": 3, "threads": 1} | options))
+
+
+@pytest.mark.parametrize("mode", ["static", "input"])
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_device_memory(gpu, make_artifact, tmp_path, prompts, mode, logits):
+    """Caches, prefix, logits, moves and picks by the calls of cuda-python; everything is freed."""
+    artifact = make_artifact(tmp_path / "artifact", mode=mode, logits=logits)
+    expected = run(artifact.path, prompts, MIXED, "onnxruntime", prefill_chunk=9)
+    with load_over_fake(artifact.path, prefill_chunk=9) as decoder:
+        assert decoder.generate(prompts, MIXED) == expected
+        held = sum(array.nbytes for array in gpu.memory.values())
+        assert held >= decoder.cache_bytes + (decoder.prefix_bytes if mode == "input" else 0)
+        backend: Any = decoder._backend
+        caches = [*backend._keys, *backend._values]
+        assert all(isinstance(cache, module.DeviceArray) for cache in caches)
+        assert {cache.address for cache in caches} <= set(gpu.memory)
+    del decoder, backend, caches
+    assert not gpu.memory
+
+
+def test_device_memory_in_place(gpu, artifact):
+    """The same caches as on the CPU, slot by slot, after steps and a move."""
+    backends: list[Any] = [
+        load_backend(NAME, artifact, threads=1), load_backend("onnxruntime", artifact, threads=1)
+    ]  # fmt: skip
+    for backend in backends:
+        backend.allocate(3, 16)
+        backend.step(1, np.int32([[5, 6, 7], [8, 0, 0]]), np.int32([0, 0]), np.int32([3, 1]))
+        backend.move(1, 0, 2)
+        backend.move(2, 0, 0)
+    for row in range(3):
+        for found, expected in zip(*(backend.read_cache(row, 16) for backend in backends), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(*(backend.read_logits() for backend in backends))
+    for backend in backends:
+        backend.close()
+
+
+def test_device_memory_that_does_not_suffice(gpu, artifact, monkeypatch):
+    gpu.total = 1 << 30
+    with pytest.raises(BackendError, match=r"need \d+\.\d\d GiB, 0\.75 GiB are available: at most max_batch"):
+        load_over_fake(artifact.path, max_batch=200_000)
+    monkeypatch.setattr(module.DeviceMemory, "free", lambda self: None)
+    with pytest.raises(BackendError, match=r"caches for max_batch 200000 .*cudaErrorMemoryAllocation"):
+        load_over_fake(artifact.path, max_batch=200_000)
+
+
+def test_no_gpu(gpu, artifact):
+    gpu.devices = 0
+    with pytest.raises(BackendError, match="no NVIDIA GPU"):
+        load_over_fake(artifact.path)
+    gpu.devices = 2
+    with pytest.raises(BackendError, match="there is no GPU 5; there are 2"):
+        load_over_fake(artifact.path, device_id=5)
+
+
+def test_swapped_prefix_is_freed(gpu, input_artifact, make_artifact, tmp_path, prompts):
+    other = make_artifact(tmp_path / "other", mode="input", text="Be short.")
+    params = SamplingParams(max_new_tokens=6)
+    with load_over_fake(input_artifact.path) as decoder:
+        before = decoder.generate(prompts[:3], params)
+        buffers = len(gpu.memory)
+        decoder.set_prefix(other.path)
+        assert len(gpu.memory) == buffers
+        assert decoder.generate(prompts[:3], params) == run(other.path, prompts[:3], params, "onnxruntime")
+        decoder.set_prefix(input_artifact.path)
+        assert decoder.generate(prompts[:3], params) == before
+
+
+# on a GPU
+
+
+@pytest.fixture(scope="session")
+def cuda_box() -> None:
+    if not HAS_CUDA:
+        pytest.skip("needs onnxruntime-gpu: this onnxruntime has no CUDAExecutionProvider")
+    try:
+        from relay_attention.runtime import cuda
+
+        cuda.use_device(0)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def wide(cuda_box: None, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Artifact]:
+    """The tiny decoder by mode and logits; heads of 64 in float16, which the CUDA kernels take."""
+    tiny = imported(TESTS / "runtime" / "conftest.py")
+    tiny.HEAD_DIM = 64
+    folder = tmp_path_factory.mktemp("wide")
+    kinds = [(mode, logits) for mode in ("static", "input") for logits in ("last", "all")]
+    return {
+        kind: tiny.make_artifact(folder / "-".join(kind), mode=kind[0], logits=kind[1], dtype="float16")
+        for kind in kinds
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["static", "input"])
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_gpu_steps(wide, mode, logits):
+    """Logits and caches of ragged prefill, decode, moved and idle rows beside the CPU's, within float16."""
+    artifact = wide[mode, logits]
+    backends: list[Any] = [load_backend(NAME, artifact), load_backend("onnxruntime", artifact, threads=2)]
+    ids = np.random.default_rng(0).integers(0, 250, (3, 9)).astype(np.int32)
+    steps = [
+        (0, ids, [0, 0, 0], [9, 1, 4]), (0, ids[:, :1], [9, 1, 4], [1, 1, 1]), (1, ids[:2], [2, 5], [7, 3]),
+        (0, ids[:, :2], [10, 9, 8], [2, 0, 1]),
+    ]  # fmt: skip
+    for backend in backends:
+        backend.allocate(4, 32)
+    for first_row, tokens, context_lens, query_lens in steps:
+        found = []
+        for backend in backends:
+            backend.step(first_row, tokens, np.int32(context_lens), np.int32(query_lens))
+            found.append(backend.read_logits()[np.array(query_lens) > 0])
+        np.testing.assert_allclose(found[0], found[1], atol=0.05)
+    values, top = backends[0].read_top(5)
+    logits_read = backends[0].read_logits()
+    np.testing.assert_array_equal(values, -np.sort(-logits_read)[:, :5])
+    np.testing.assert_array_equal(np.take_along_axis(logits_read, top, 1), values)
+    for backend in backends:
+        backend.move(0, 3, 12)
+    for row, length in ((0, 12), (1, 9), (2, 9), (3, 12)):
+        for found, expected in zip(*(backend.read_cache(row, length) for backend in backends), strict=True):
+            np.testing.assert_allclose(found, expected, atol=0.02)
+    for backend in backends:
+        backend.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["static", "input"])
+def test_gpu_tokens(wide, prompts, mode):
+    """Decoded on the GPU: the CPU's greedy tokens up to near-ties, and where all logits are read or only the
+    likeliest, the same tokens."""
+    artifact, params = wide[mode, "last"], [replace(params, logprobs=None) for params in MIXED]
+    greedy = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    found, expected = (run(artifact.path, prompts, greedy, name, **options) for name, options in (
+        (NAME, {"device": "cuda"}), ("onnxruntime", {})))  # fmt: skip
+    differing = sum(a.token_ids != b.token_ids for a, b in zip(found, expected, strict=True))
+    assert differing <= 1
+    results = [
+        [result.token_ids for result in run(artifact.path, prompts, these, device="cuda", max_batch=8)]
+        for these in (params, params, [replace(each, logprobs=0) for each in params])
+    ]
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.gpu
+def test_gpu_graph_of_the_likeliest_tokens_stays_there(wide):
+    session = onnxruntime.SessionOptions()
+    session.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    made = onnxruntime.InferenceSession(top_tokens_model(), session, providers=[module.CUDA])
+    placed = {
+        node.op_type: part.ep_name
+        for part in made.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    }
+    assert placed == {"TopK": module.CUDA, "ReduceSum": module.CUDA}
+
+
+@pytest.mark.gpu
+def test_gpu_refuses_float32_with_a_reason(cuda_box, artifact):
+    with pytest.raises(BackendError, match="take float16 and bfloat16, this node is float32"):
+        load_backend(NAME, artifact)
+
+
+@pytest.mark.gpu
+def test_gpu_demo(cuda_box, tmp_path):
+    """The demo model, exported in float16: the CPU's greedy tokens."""
+    pytest.importorskip("transformers")
+    model = TESTS.parent / "examples" / "directory" / "model"
+    if not model.is_dir():
+        pytest.skip("the demo model is not in this checkout")
+    from relay_attention.export import export_model
+
+    prompt = "Ann Miller: 4711\nBob Stone: 4712\n"
+    export_model(model, prompt, tmp_path / "demo", precision="fp16", max_context=128)
+    head_dim = set(Artifact.open(tmp_path / "demo").manifest.geometry.head_dim)
+    if not head_dim <= {64, 96, 128, 192, 256}:
+        pytest.skip(f"the CUDA kernels take heads of 64, 96, 128, 192 and 256; the demo's have {head_dim}")
+    requests = [f"Which extension has {name}?" for name in ("Ann Miller", "Bob Stone", "Cid Moss")]
+    params = SamplingParams(max_new_tokens=16)
+    found, expected = (
+        [result.token_ids for result in run(tmp_path / "demo", requests, params, name, **options)]
+        for name, options in ((NAME, {"device": "cuda"}), ("onnxruntime", {}))
+    )
+    assert found == expected
