@@ -1,4 +1,4 @@
-"""The command `relay-attention`: every room adds its own subcommands and imports what they need when they run."""
+"""The command `relay-attention`: every room adds its subcommands, which import what they need when run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="relay-attention",
-        description="Decode batches that share a long system prompt, reading its keys and values once per batch.",
+        description="Decode batches that share a long system prompt, read from memory once per batch.",
     )
     parser.add_argument("--version", action="version", version=f"relay-attention {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -45,7 +45,7 @@ DECODE, PREFILL = 0, 1  # indices of the engine's profiles
 _RESERVE = 256 << 20  # bytes of device memory left to TensorRT's and CUDA's own needs
 
 
-class Logger(tensorrt.ILogger):  # type: ignore[misc]
+class Logger(tensorrt.ILogger):
     """Collects TensorRT's errors, so that an exception can say what a None result does not."""
 
     def __init__(self, verbose: bool = False):
