@@ -67,6 +67,7 @@ class DeviceBuffer:
         self.address = int(call("cudaMalloc", max(nbytes, 1)))
         if zero:
             call("cudaMemset", self.address, 0, nbytes)
+            call("cudaDeviceSynchronize")  # other streams would not wait for it
 
     def free(self) -> None:
         if self.address:

@@ -21,6 +21,7 @@ from relay_attention.plugins import library_path
 from relay_attention.plugins.schema import DOMAIN, OP_TYPE
 from relay_attention.runtime import top_tokens
 from relay_attention.runtime.artifact import Artifact
+from relay_attention.runtime.backend import Int32
 from relay_attention.runtime.onnxruntime_backend import (
     Array,
     HostMemory,
@@ -149,6 +150,19 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBase):
         check_placement(session, CUDA if device == "cuda" else "CPUExecutionProvider")
         self._top: tuple[Any, Any] | None = None  # session and binding of top_tokens, made when first needed
         super().__init__(artifact, session, memory)
+
+    def step(self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32) -> None:
+        """See `backend.Backend`. Lengths are checked here: the kernels see them on the device only."""
+        capacity, sequence = self._keys[0].shape[2], input_ids.shape[1]
+        ends = context_lens.astype(np.int64) + query_lens
+        wrong = (context_lens < 0) | (query_lens < 0) | (query_lens > sequence) | (ends > capacity)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise BackendError(
+                f"row {first_row + row}: context_lens {context_lens[row]}, query_lens {query_lens[row]} of "
+                f"{sequence}, but its slot holds {capacity} tokens"
+            )
+        super().step(first_row, input_ids, context_lens, query_lens)
 
     def read_top(self, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """See `backend.ReadsTop`."""

@@ -316,6 +316,20 @@ def test_device_memory_in_place(gpu, artifact):
         backend.close()
 
 
+@pytest.mark.parametrize(("context", "query"), [(14, 3), (-1, 2), (0, -1), (0, 4), (2**31 - 1, 3)])
+def test_lengths_out_of_range(gpu, artifact, context, query):
+    """Refused before they reach the kernels; the next step is not affected."""
+    backend = load_backend(NAME, artifact, threads=1)
+    backend.allocate(3, 16)
+    ids = np.zeros((2, 3), np.int32)
+    with pytest.raises(
+        BackendError, match=f"row 2: context_lens {context}, query_lens {query} of 3, .* 16 tok"
+    ):
+        backend.step(1, ids, np.int32([0, context]), np.int32([3, query]))
+    backend.step(1, ids, np.int32([0, 13]), np.int32([3, 3]))
+    backend.close()
+
+
 def test_device_memory_that_does_not_suffice(gpu, artifact, monkeypatch):
     gpu.total = 1 << 30
     with pytest.raises(BackendError, match=r"need \d+\.\d\d GiB, 0\.75 GiB are available: at most max_batch"):

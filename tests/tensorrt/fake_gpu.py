@@ -47,6 +47,7 @@ class Gpu:
         self.memory: dict[int, np.ndarray] = {}  # address: the array that owns it
         self.pinned: dict[int, np.ndarray] = {}
         self.streams: dict[int, FakeStream] = {}
+        self.pending: list[Callable[[], None]] = []  # of the default stream
         self.launches: list[str] = []  # "enqueue ROWSxSEQUENCE" and "graph ROWSxSEQUENCE", as they ran
         self.refits: list[str] = []
         self.registry = Registry()
@@ -144,7 +145,16 @@ def cuda_runtime(gpu: Gpu) -> ModuleType:
         return (ok if gpu.memory.pop(address, None) is not None else Status.cudaErrorInvalidValue,)
 
     def memset(address: int, value: int, nbytes: int) -> tuple[Any, ...]:
-        gpu.view(address, nbytes)[:] = value
+        memory = gpu.view(address, nbytes)
+        gpu.pending.append(lambda: memory.fill(value))  # the host does not wait for it
+        return (ok,)
+
+    def synchronize_device() -> tuple[Any, ...]:
+        pending, gpu.pending = gpu.pending, []
+        for work in pending:
+            work()
+        for made in gpu.streams.values():
+            made.run()
         return (ok,)
 
     def host(address: int, nbytes: int) -> np.ndarray:
@@ -216,6 +226,7 @@ def cuda_runtime(gpu: Gpu) -> ModuleType:
     )
     module.cudaMemcpyAsync, module.cudaMemcpy2DAsync = copy, copy_2d
     module.cudaStreamCreateWithFlags, module.cudaStreamSynchronize = stream, synchronize
+    module.cudaDeviceSynchronize = synchronize_device
     module.cudaStreamDestroy = lambda stream: (ok,)
     module.cudaStreamBeginCapture, module.cudaStreamEndCapture = begin, end
     module.cudaGraphInstantiate = lambda graph, flags: (ok, graph)
