@@ -288,7 +288,8 @@ def open_session(
     except Exception as error:
         raise BackendError(f"{library}: ONNX Runtime cannot load the op library: {error}") from error
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=list(providers))
+        # without its fallback, which would print what is wrong and go on with the CPU
+        return onnxruntime.InferenceSession(str(model), options, list(providers), enable_fallback=0)
     except Exception as error:
         raise BackendError(f"{model}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
 

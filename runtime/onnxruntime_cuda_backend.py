@@ -196,7 +196,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBase):
         options.log_severity_level = 3
         model = top_tokens.top_tokens_model()
         try:
-            session = onnxruntime.InferenceSession(model, options, providers=[self._provider])
+            session = onnxruntime.InferenceSession(model, options, [self._provider], enable_fallback=0)
         except Exception as error:
             raise BackendError(f"ONNX Runtime refuses the graph of the likeliest tokens: {error}") from error
         return session, session.io_binding()

@@ -262,6 +262,20 @@ def test_placement(artifact):
         module.check_placement(claims, module.CUDA)
 
 
+def test_provider_that_fails(artifact, monkeypatch):
+    """Its reason is raised, and no other provider is tried."""
+    tried = []
+
+    def fail(self: Any, providers: Any, *rest: Any) -> None:
+        tried.append(providers)
+        raise RuntimeError("CUDA failure 35: driver version is insufficient")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    with pytest.raises(BackendError, match=r"refuses it: CUDA failure 35: driver version is insufficient"):
+        load_backend(NAME, artifact, device="cpu")
+    assert len(tried) == 1
+
+
 # the class over a fake of cuda-python
 
 
