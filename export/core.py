@@ -22,8 +22,7 @@ from relay_attention.plugins.reference import attention
 _LAYOUT = {"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _REPEAT = {"Expand", "Gather", "Slice", "Tile", "Cast"}
 _DEQUANTIZE = {"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"}
-_LONGEST = 1 << 17  # keys that a mask is tried with
-_LONGEST_WITHOUT_PAST = 4096
+_LONGEST_WITHOUT_PAST = 2048
 _HIDDEN = -1e4  # what masks add to hide a key is at most this
 _TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
 
@@ -97,7 +96,7 @@ class Description:
     caches: list[ir.Value] = field(default_factory=list)
 
 
-def describe(core: Core, probe: Probe, max_positions: int) -> Description:
+def describe(core: Core, probe: Probe) -> Description:
     """Finds the new tokens behind a core's operands, its window, and proves the whole.
 
     Raises: ExportError naming the node and what is not causal attention about it.
@@ -132,7 +131,7 @@ def describe(core: Core, probe: Probe, max_positions: int) -> Description:
         output=_output(core, probe, query),
         scale=(query.head_dim**-0.5 if core.scale is None else core.scale) * query.factor * key.factor,
         softcap=core.softcap,
-        local_window_size=_find_window(core, probe, max_positions),
+        local_window_size=_find_window(core, probe),
         caches=[tokens.cache for tokens in (key, value) if tokens.cache is not None],
     )
     if value.factor != 1.0:
@@ -236,17 +235,21 @@ def _output(core: Core, probe: Probe, query: Tokens) -> Tokens:
         value = users[0].outputs[0]
 
 
-def _find_window(core: Core, probe: Probe, max_positions: int) -> int:
+def _find_window(core: Core, probe: Probe) -> int:
     """The window of a core's mask, -1 for none, proved at settings with and without past.
 
     Raises: ExportError if the mask is anything but causal with one window for all positions.
     """
-    longest = min(max_positions, _LONGEST, probe.capacity or _LONGEST)
+    longest = probe.longest
     if probe.has_past:
         last = probe.setting(1, 1, longest - 1)
     else:
-        if max_positions > _LONGEST_WITHOUT_PAST:
-            longest = _LONGEST_WITHOUT_PAST
+        if longest > _LONGEST_WITHOUT_PAST:
+            raise refuse(
+                core.node,
+                f"the graph takes no past keys and values, so that its mask would have to be computed whole for "
+                f"{longest} positions: export it with past key values",
+            )
         last = probe.setting(1, longest, 0)
     window = int(_visible(core, probe, last)[..., -1, : last.total].reshape(-1, last.total)[0].sum())
     if window == last.total:

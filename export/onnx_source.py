@@ -27,7 +27,7 @@ from relay_attention.export.graph import (
 )
 from relay_attention.export.passes import run
 from relay_attention.export.passes.fold_attention import FoldAttention, make_probe
-from relay_attention.export.passes.settle_sizes import SettleSizes
+from relay_attention.export.passes.settle_sizes import SettleSizes, StateShapes
 from relay_attention.export.source import ONNX, SourceModel, read_json, token_list
 
 CONFIG_NAME = "config.json"
@@ -82,9 +82,17 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
     _check_interface(model, file)
     layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
     # lengths are known by the nodes that read them, so the probe is made before these go
-    probe = make_probe(model)
+    probe = make_probe(model, max_positions)
     try:
-        run(model, [FoldAttention(max_positions), common.RemoveUnusedNodesPass(), SettleSizes(probe)])
+        run(
+            model,
+            [
+                FoldAttention(max_positions),
+                common.RemoveUnusedNodesPass(),
+                SettleSizes(probe),
+                StateShapes(probe),
+            ],
+        )
     except ExportError as error:
         raise ExportError(f"{file}: {error}") from error
     run(model, [common.TopologicalSortPass()])

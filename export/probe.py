@@ -65,7 +65,7 @@ _BROADCAST = {
 class Probe:
     """Evaluates values of a model for settings.
 
-    past_lengths, total_lengths: names of inputs [batch] that hold, per row, tokens cached before a call and
+    longest: tokens, past and new, that settings may reach. past_lengths, total_lengths: names of inputs [batch] that hold, per row, tokens cached before a call and
     after it.
     """
 
@@ -75,6 +75,7 @@ class Probe:
         past_lengths: Sequence[str] = (),
         total_lengths: Sequence[str] = (),
         has_past: bool = True,
+        longest: int = 512,
     ):
         self.model = model
         self.past_lengths, self.total_lengths = set(past_lengths), set(total_lengths)
@@ -89,12 +90,14 @@ class Probe:
             for value in model.graph.inputs
             if is_cache(value) and value.shape is not None and len(value.shape) == 4 and _is_scattered(value)
         ]
-        # tokens that static caches hold
+        # tokens that static caches hold; tokens, past and new, of the longest settings
         self.capacity = min((size for size in static if isinstance(size, int)), default=None)
+        self.longest = min(longest, _LONGEST, self.capacity or _LONGEST)
 
     def anew(self) -> Probe:
         """A probe of the model as it is now, with the same inputs known."""
-        return Probe(self.model, sorted(self.past_lengths), sorted(self.total_lengths), self.has_past)
+        lengths = sorted(self.past_lengths), sorted(self.total_lengths)
+        return Probe(self.model, *lengths, self.has_past, self.longest)
 
     def setting(self, batch: int, sequence: int, past: int) -> Setting:
         """A setting, without a past where the graph takes none."""
@@ -423,6 +426,7 @@ class Probe:
         return operand is not None and self.shape(operand, setting, feeds) is not None
 
 
+_LONGEST = 1 << 17
 _GRAPHS = {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
 
 

@@ -34,13 +34,13 @@ class FoldAttention(ir.passes.InPlacePass):
         self.max_positions = max_positions
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        probe = make_probe(model)
+        probe = make_probe(model, self.max_positions)
         described = []
         for node in model.graph:
             for find in FORMS:
                 core = find(node, probe)
                 if core is not None:
-                    described.append(describe(core, probe, self.max_positions))
+                    described.append(describe(core, probe))
                     break
         caches = [cache for each in described for cache in each.caches]
         for cache in caches:
@@ -53,7 +53,7 @@ class FoldAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(described))
 
 
-def make_probe(model: ir.Model) -> Probe:
+def make_probe(model: ir.Model, max_positions: int) -> Probe:
     """A probe that knows which inputs hold lengths, by what they bound."""
     past, total, has_past = set(), set(), False
     for value in model.graph.inputs:
@@ -67,7 +67,7 @@ def make_probe(model: ir.Model) -> Probe:
     if both:
         node = next(node for node in find_nodes(model, lambda node: node.op_type == "TensorScatter"))
         raise refuse(node, f"input {both.pop()!r} is both where new keys are written and how many are valid")
-    return Probe(model, sorted(past), sorted(total), has_past)
+    return Probe(model, sorted(past), sorted(total), has_past, max_positions)
 
 
 def _replace(model: ir.Model, found: Description) -> None:
@@ -76,7 +76,6 @@ def _replace(model: ir.Model, found: Description) -> None:
     operands = [_flat(model, record, tokens) for tokens in (found.query, found.key, found.value)]
     if core.projection_bias is not None:
         operands = _add_bias(model, record, found, operands)
-    width = found.query.heads * found.query.head_dim
     folded = record.op(
         "AttentionForm",
         operands,
@@ -114,7 +113,6 @@ def _replace(model: ir.Model, found: Description) -> None:
     if result is not None:
         target.replace_all_uses_with(result)
     model.graph.insert_after(maker, record.nodes)
-    assert width
 
 
 def _flat(model: ir.Model, record: tape.Tape, tokens: Tokens) -> ir.Value:

@@ -28,13 +28,14 @@ _HEADS_FIRST = (0, 2, 1, 3)
 @dataclass(frozen=True)
 class _Rotation:
     """x * cos + rotate_half(x) * sin on the first `size` of the last axis of x [batch, heads, sequence,
-    head_dim]."""
+    head_dim]; halved: cos and sin are given for one half of it, as the operator RotaryEmbedding takes them."""
 
     x: ir.Value
     cos: ir.Value
     sin: ir.Value
     size: int
     flatten: ir.Node  # the Reshape to [batch, sequence, heads * head_dim] behind it
+    halved: bool = False
 
 
 class FuseRotary(ir.passes.InPlacePass):
@@ -60,7 +61,7 @@ class FuseRotary(ir.passes.InPlacePass):
             if query is None or key is None:
                 continue
             angles = (query.cos, query.sin)
-            if (key.cos, key.sin, key.size) != (*angles, query.size):
+            if (key.cos, key.sin, key.size, key.halved) != (*angles, query.size, query.halved):
                 continue
             if angles not in tables:
                 tables[angles] = self._tables(model, query, node.inputs[_QUERY].dtype, len(tables))
@@ -83,11 +84,12 @@ class FuseRotary(ir.passes.InPlacePass):
         halves = []
         for value in (rotation.cos, rotation.sin):
             table = _evaluate(model, value, self.max_positions)
-            if table is None or table.size != self.max_positions * rotation.size:
-                return None
-            table = table.reshape(self.max_positions, rotation.size)
             half = rotation.size // 2
-            if not np.array_equal(table[:, :half], table[:, half:]):
+            width = half if rotation.halved else rotation.size
+            if table is None or table.size != self.max_positions * width:
+                return None
+            table = table.reshape(self.max_positions, width)
+            if not rotation.halved and not np.array_equal(table[:, :half], table[:, half:]):
                 return None
             halves.append(np.ascontiguousarray(table[:, :half]))
         suffix = f".{number}" if number else ""
@@ -125,7 +127,7 @@ def _match(value: ir.Value | None) -> _Rotation | None:
     if flatten is None or transpose is None or _perm(transpose) != _HEADS_FIRST:
         return None
     rotated = transpose.inputs[0]
-    whole = _rotation(rotated, flatten)
+    whole = _rotation(rotated, flatten) or _operator(rotated, flatten)
     if whole is not None:
         return whole
     # partial rotary: the first dimensions are rotated, the rest joined on behind
@@ -140,6 +142,18 @@ def _match(value: ir.Value | None) -> _Rotation | None:
     if start[1:] != (0, first.size) or rest[1:] != (first.size, _width(rest[0])):
         return None
     return _Rotation(start[0], first.cos, first.sin, first.size, flatten)
+
+
+def _operator(value: ir.Value | None, flatten: ir.Node) -> _Rotation | None:
+    """Matches RotaryEmbedding of opset 23 with tables that are gathered already."""
+    node = made_by(value, "RotaryEmbedding")
+    if node is None or len([operand for operand in node.inputs if operand is not None]) != 3:
+        return None
+    x, cos, sin = node.inputs[:3]
+    size = int_attribute(node, "rotary_embedding_dim") or _width(x)
+    if int_attribute(node, "interleaved") or not size or x.shape is None or len(x.shape) != 4:
+        return None
+    return _Rotation(x, cos, sin, size, flatten, halved=True)
 
 
 def _rotation(value: ir.Value | None, flatten: ir.Node) -> _Rotation | None:

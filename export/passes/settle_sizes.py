@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 from onnx_ir import tape
 
 from relay_attention.errors import ExportError
@@ -13,7 +14,8 @@ from relay_attention.export.probe import INPUT_IDS, POSITION_IDS, Array, Probe, 
 
 _INTEGERS = {ir.DataType.INT64, ir.DataType.INT32}
 _KEPT = {INPUT_IDS, POSITION_IDS}
-_SIZES = ((2, 5, 7), (3, 11, 13), (1, 1, 4))
+_SMALL = 8  # elements of a shape
+_SIZES = ((2, 5, 7), (3, 11, 13))
 
 
 class SettleSizes(ir.passes.InPlacePass):
@@ -35,8 +37,6 @@ class SettleSizes(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         self._positions(model)
         self._numbers(model)
-        from onnx_ir.passes import common
-
         common.RemoveUnusedNodesPass()(model)
         for value in going:
             if value.uses():
@@ -131,8 +131,6 @@ class SettleSizes(ir.passes.InPlacePass):
 
     def _evaluate(self, model: ir.Model) -> dict[ir.Value, list[tuple[Setting, Array]]]:
         """Integers that depend on inputs which go, at every setting, in graph order."""
-        from onnx_ir.passes import common
-
         common.RemoveUnusedNodesPass()(model)
         probe = self.probe.anew()
         dirty = {value for value in model.graph.inputs if value.name not in _KEPT}
@@ -145,14 +143,68 @@ class SettleSizes(ir.passes.InPlacePass):
                     for output in node.outputs
                     if output.dtype in _INTEGERS and output not in probe.activations
                 ]
-        results: dict[ir.Value, list[tuple[Setting, Array]]] = {}
-        settings = [probe.setting(*sizes) for sizes in _SIZES]
-        for target in targets:
-            try:
-                results[target] = [(setting, probe.evaluate([target], setting)[0]) for setting in settings]
-            except ProbeError:
-                continue
-        return results
+        return _at_settings(probe, targets)
+
+
+class StateShapes(ir.passes.InPlacePass):
+    """Writes down what is known of shapes: constants in place of arithmetic, dimensions of activations.
+
+    Exporters that trace leave shapes out, and compute them while running; later passes look for constants.
+    """
+
+    def __init__(self, probe: Probe):
+        super().__init__()
+        self.probe = probe
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        probe = self.probe.anew()
+        targets = [
+            output
+            for node in model.graph
+            for output in node.outputs
+            if output.dtype in _INTEGERS and output not in probe.activations and node.op_type != "Constant"
+        ]
+        for value, arrays in _at_settings(probe, targets).items():
+            first = arrays[0][1]
+            if first.size <= _SMALL and all(np.array_equal(first, array) for _, array in arrays):
+                new = constant(model, f"{value.name}.constant", ir.tensor(first))
+                value.replace_all_uses_with(new)
+        common.RemoveUnusedNodesPass()(model)
+        probe = probe.anew()
+        input_ids = graph_input(model, INPUT_IDS)
+        assert input_ids is not None
+        assert input_ids.shape is not None
+        names = dict(zip("BS", input_ids.shape, strict=True))
+        for node in model.graph:
+            for output in node.outputs:
+                axes = probe.axes(output)
+                if axes is not None:
+                    dims = [axis if isinstance(axis, int) else names.get(axis) for axis in axes]
+                    output.shape = ir.Shape(dims)
+        return ir.passes.PassResult(model, True)
+
+
+def _at_settings(probe: Probe, targets: list[ir.Value]) -> dict[ir.Value, list[tuple[Setting, Array]]]:
+    """Values at every setting; those that cannot be evaluated are left out."""
+    # the longest too: what is cut off at some length is no constant
+    settings = [probe.setting(*sizes) for sizes in (*_SIZES, (1, 1, probe.longest - 1))]
+    if not targets:
+        return {}
+    try:
+        rows = [probe.evaluate(targets, setting) for setting in settings]
+        return {
+            target: [(setting, row[place]) for setting, row in zip(settings, rows, strict=True)]
+            for place, target in enumerate(targets)
+        }
+    except ProbeError:
+        pass
+    results: dict[ir.Value, list[tuple[Setting, Array]]] = {}
+    for target in targets:
+        try:
+            results[target] = [(setting, probe.evaluate([target], setting)[0]) for setting in settings]
+        except ProbeError:
+            continue
+    return results
 
 
 def _size(model: ir.Model, record: tape.Tape, input_ids: ir.Value, axis: int, rank: int) -> ir.Value:
