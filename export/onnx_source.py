@@ -83,6 +83,14 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
     layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
     # lengths are known by the nodes that read them, so the probe is made before these go
     probe = make_probe(model, max_positions)
+    for value in model.graph.inputs:
+        if value.uses() and not probe.knows(value):
+            reader = describe(next(iter(value.consumers())))
+            raise ExportError(
+                f"{file}: its input {value.name!r} {value.shape}, read by {reader}, is not known here; known are "
+                "input_ids, attention_mask [batch, total], position_ids, cache_position, and caches of keys and "
+                "values"
+            )
     try:
         run(
             model,

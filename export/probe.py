@@ -179,6 +179,16 @@ class Probe:
             found.append(float(array.reshape(-1)[0]))
         return found[0] if found[0] == found[1] else None
 
+    def knows(self, value: ir.Value) -> bool:
+        """Whether it is known what an input of the graph is given."""
+        if value.name == INPUT_IDS or is_cache(value):
+            return True
+        try:
+            self._input(value, self.setting(*_FIRST))
+        except ProbeError:
+            return False
+        return True
+
     # -- leaves
 
     def _input(self, value: ir.Value, setting: Setting) -> Array:

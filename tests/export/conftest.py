@@ -28,6 +28,7 @@ def _load(name: str) -> ModuleType:
 
 
 tiny_models = _load("tiny_models")
+_load("onnx_decoders")  # tests import it by name
 
 
 @pytest.fixture(scope="session")

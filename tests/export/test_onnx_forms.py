@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import onnx
+import onnx_decoders as d  # conftest.py has loaded it
 import pytest
 
 from relay_attention.errors import ExportError
@@ -18,18 +17,6 @@ from relay_attention.export.onnx_source import load_onnx
 from relay_attention.runtime import RelayDecoder, SamplingParams
 from relay_attention.runtime.artifact import Artifact
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-d = _load("onnx_decoders")
 NEW_TOKENS = 5
 PROMPTS = [np.random.default_rng(n).integers(3, d.VOCAB, n).tolist() for n in (1, 14, 3, 9)]
 
