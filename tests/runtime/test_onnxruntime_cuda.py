@@ -484,9 +484,6 @@ def test_gpu_demo(cuda_box, tmp_path):
 
     prompt = "Ann Miller: 4711\nBob Stone: 4712\n"
     export_model(model, prompt, tmp_path / "demo", precision="fp16", max_context=128)
-    head_dim = set(Artifact.open(tmp_path / "demo").manifest.geometry.head_dim)
-    if not head_dim <= {64, 96, 128, 192, 256}:
-        pytest.skip(f"the CUDA kernels take heads of 64, 96, 128, 192 and 256; the demo's have {head_dim}")
     requests = [f"Which extension has {name}?" for name in ("Ann Miller", "Bob Stone", "Cid Moss")]
     params = SamplingParams(max_new_tokens=16)
     found, expected = (
