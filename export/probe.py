@@ -169,7 +169,8 @@ class Probe:
         if value is None:
             return None
         found = []
-        for setting in (self.setting(*_FIRST), self.setting(*_SECOND)):
+        # at the longest too: a factor may grow with the length past some length
+        for setting in (self.setting(*_FIRST), self.setting(*_SECOND), self.setting(1, 1, self.longest - 1)):
             try:
                 array = self.evaluate([value], setting)[0]
             except ProbeError:
@@ -177,7 +178,7 @@ class Probe:
             if array.size != 1:
                 return None
             found.append(float(array.reshape(-1)[0]))
-        return found[0] if found[0] == found[1] else None
+        return found[0] if len(set(found)) == 1 else None
 
     def knows(self, value: ir.Value) -> bool:
         """Whether it is known what an input of the graph is given."""
@@ -284,10 +285,13 @@ class Probe:
 
         op = node.op_type
         if op in _SAME_SHAPE:
-            return of(0) if value is node.outputs[0] else None
+            # the sum is the fourth output of SkipLayerNormalization
+            return of(0) if list(node.outputs).index(value) in (0, 3) else None
+        if op == "DynamicQuantizeLinear":
+            return of(0) if value is node.outputs[0] else ()
         if op in _BROADCAST:
             return np.broadcast_shapes(*(of(i) for i in range(len(node.inputs))))
-        if op == "MatMul":
+        if op in ("MatMul", "MatMulInteger"):
             left, right = of(0), of(1)
             if len(left) < 2 or len(right) < 2:
                 return None
@@ -422,6 +426,8 @@ class Probe:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
+        options.enable_cpu_mem_arena = False  # there are many sessions, and each would keep its largest run
+        options.enable_mem_pattern = False
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             session = onnxruntime.InferenceSession(
