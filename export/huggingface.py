@@ -145,22 +145,19 @@ def _max_positions(config: Any, text_config: Any, folder: Path) -> int:
         if isinstance(value, int) and value > 0:
             return value
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    raise ExportError(
-        f"{folder}: {model_class.__name__}: config.json does not say how many positions the model has"
-        f"{_likely_reason(model_class, config)}"
-    )
+    detail = "config.json does not say how many positions the model has"
+    raise ExportError(_refusal(folder, model_class, config, detail))
 
 
-def _likely_reason(model_class: type, config: Any) -> str:
-    """What in a model's config or code explains a refusal, for its message; empty if nothing known does."""
+def _refusal(folder: Path, model_class: type, config: Any, detail: str) -> str:
+    """Words for a refused model: the likely reason, as its config or code mention it, and the symptom."""
     text_config = config.get_text_config(decoder=True)
     layer_types = map(str, getattr(text_config, "layer_types", None) or ())
     names = vars(sys.modules[model_class.__module__]).items()
     own = [name for name, value in names if getattr(value, "__module__", "") == model_class.__module__]
-    words = [*text_config.to_dict(), *layer_types, *own]
-    mentioned = " ".join(words).lower()
-    reasons = (reason for pattern, reason in _EVIDENCE if re.search(pattern, mentioned))
-    return "".join(f" ({reason})" for reason in list(reasons)[:1])
+    mentioned = " ".join([*text_config.to_dict(), *layer_types, *own]).lower()
+    reasons = [reason for pattern, reason in _EVIDENCE if re.search(pattern, mentioned)]
+    return ": ".join([f"{folder}: {model_class.__name__}", *reasons[:1], detail])
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -221,24 +218,26 @@ def _inputs() -> dict[str, torch.Tensor]:
 
 def _probe(model: Any, trace: _Trace, folder: Path) -> None:
     """One eager pass over two short rows: finds the masks, and refuses what cannot be traced, by name."""
-    name = type(model).__name__
+
+    def refusal(detail: str) -> ExportError:
+        return ExportError(_refusal(folder, type(model), model.config, detail))
+
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         model(**_inputs(), use_cache=False, return_dict=True)
     except ExportError as error:
-        raise ExportError(f"{folder}: {name}: {error}{_likely_reason(type(model), model.config)}") from error
+        raise refusal(str(error)) from error
     except Exception as error:  # the model's own code
-        raise ExportError(
-            f"{folder}: {name} does not run with an attention function from outside "
-            f"({type(error).__name__}: {_first_line(error)}){_likely_reason(type(model), model.config)}"
+        raise refusal(
+            f"it does not run with an attention function from outside ({type(error).__name__}: "
+            f"{_first_line(error)})"
         ) from error
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if trace.num_sites != layers:
-        raise ExportError(
-            f"{folder}: {name} has {layers} layers, but {trace.num_sites} attentions that go through "
-            "transformers' attention interface or torch's scaled_dot_product_attention: the others keep a "
-            f"state that the artifact cannot cache, or attend in code of their own"
-            f"{_likely_reason(type(model), model.config)}"
+        raise refusal(
+            f"it has {layers} layers, but {trace.num_sites} attentions that go through transformers' "
+            "attention interface or torch's scaled_dot_product_attention: the others keep a state that the "
+            "artifact cannot cache, or attend in code of their own"
         )
 
 

@@ -318,6 +318,8 @@ def open_session(model: Path, threads: int | None = None) -> onnxruntime.Inferen
     options.intra_op_num_threads = threads or 0
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
+    # the default order runs every Cast of a weight before the first product, and holds them all
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     try:
         return onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_COPYING_OPTIMIZERS

@@ -79,7 +79,7 @@ def _choose(
             remedies.append(f"a system prompt of at least {switch} tokens")
         raise ExportError(
             f"rotary embedding of type {rope_type!r} changes its frequencies after {switch} tokens, and the "
-            f"system prompt's {prefix_length} tokens with {context} lie across that: keys of a shared prefix "
+            f"system prompt's {prefix_length} tokens with {context} reach past that: keys of a shared prefix "
             f"cannot be both; give {' or '.join(remedies) or f'one shorter than {switch} tokens'}"
         )
     return Regime(min(regime.max_positions, switch), regime.min_prefix)

@@ -4,35 +4,46 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 TINY_MODELS = Path(__file__).parents[1] / "export" / "tiny_models.py"
+MODELS_TABLE = Path(__file__).with_name("models_table.py")
+
+
+def _load(path: Path) -> ModuleType:
+    """A helper module: with --import-mode=importlib they cannot be imported by name."""
+    name = path.stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--models-table", action="store_true", help="write docs/models.md from what the tests find"
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """The module tests/export/tiny_models.py: with --import-mode=importlib it cannot be imported by name."""
-    if "tiny_models" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("tiny_models", TINY_MODELS)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["tiny_models"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["tiny_models"]
-
-
-class ModelsTable:
-    """What the tests of families found, in order: (title, architecture, reason of a refusal or None)."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str | None]] = []
-
-    def __call__(self, title: str, architecture: str, refusal: str | None) -> None:
-        self.rows.append((title, architecture, refusal))
+    """The module tests/export/tiny_models.py."""
+    return _load(TINY_MODELS)
 
 
 @pytest.fixture(scope="session")
-def models_table() -> ModelsTable:
-    return ModelsTable()
+def table_module() -> ModuleType:
+    """The module models_table.py."""
+    return _load(MODELS_TABLE)
+
+
+@pytest.fixture(scope="session")
+def models_table(table_module: ModuleType) -> Any:
+    """What the tests of families find, for docs/models.md."""
+    return table_module.ModelsTable()

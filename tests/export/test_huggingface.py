@@ -95,7 +95,7 @@ def _small(config: type, **fields: object) -> transformers.PretrainedConfig:
             lambda: transformers.MambaConfig(
                 vocab_size=64, hidden_size=32, num_hidden_layers=1, max_position_embeddings=64
             ),
-            "0 attentions.*state-space",
+            "state-space.*0 attentions",
         ),
     ],
 )  # fmt: skip
