@@ -157,7 +157,10 @@ def _locate(
             raise refuse(core.node, f"its {what} are quantised ({node.op_type} node {node.name!r})")
         if not node.domain and node.op_type in _LAYOUT | (_REPEAT if cached and cache is None else set()):
             value = node.inputs[0]
-        elif node.op_type in ("Mul", "Div") and (scaled := _scaled(node, probe)) is not None:
+        # in front of a cache a factor is in the cached keys too, and stays in the graph
+        elif (
+            cache is None and node.op_type in ("Mul", "Div") and (scaled := _scaled(node, probe)) is not None
+        ):
             value, factor = scaled[0], factor * scaled[1]
         elif cached and cache is None and (joined := _joined(node)) is not None:
             cache, value = joined

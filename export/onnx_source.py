@@ -104,7 +104,9 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
     except ExportError as error:
         raise ExportError(f"{file}: {error}") from error
     run(model, [common.TopologicalSortPass()])
+    _check_logits(model, file)
     _warn_of_lost(model, config, file)
+    _warn_of_shared_ranges(model, file)
     _check_precision(model, file, precision)
     return SourceModel(
         model=model,
@@ -319,6 +321,12 @@ def _check_interface(model: ir.Model, file: Path) -> None:
     if graph_input(model, "input_ids") is None:
         inputs = ", ".join(str(value.name) for value in model.graph.inputs)
         raise ExportError(f"{file}: the graph has no input 'input_ids', only: {inputs}")
+    input_ids = graph_input(model, "input_ids")
+    dims = input_ids.shape if input_ids is not None else None
+    if dims is None or len(dims) != 2 or any(isinstance(dim, int) for dim in dims):
+        raise ExportError(
+            f"{file}: input_ids is of shape {dims}: export the model with a dynamic batch and sequence"
+        )
     logits = graph_output(model, "logits")
     if logits is None:
         outputs = ", ".join(str(value.name) for value in model.graph.outputs)
@@ -330,6 +338,17 @@ def _check_interface(model: ir.Model, file: Path) -> None:
         vocab_size = last_dim(logits)
         if vocab_size is not None and logits.shape is not None:
             logits.shape = ir.Shape([*logits.shape[:-1], vocab_size])
+
+
+def _check_logits(model: ir.Model, file: Path) -> None:
+    input_ids, logits = graph_input(model, "input_ids"), graph_output(model, "logits")
+    assert input_ids is not None
+    assert logits is not None
+    if logits.shape is None or len(logits.shape) != 3 or logits.shape[1] != input_ids.shape[1]:
+        raise ExportError(
+            f"{file}: its logits are {logits.shape}, not [batch, sequence, vocabulary]: export the model with the "
+            "logits of every token (without logits_to_keep)"
+        )
 
 
 def _warn_of_lost(model: ir.Model, config: dict[str, Any], file: Path) -> None:
@@ -351,6 +370,19 @@ def _warn_of_lost(model: ir.Model, config: dict[str, Any], file: Path) -> None:
             f"relay-attention: warning: {_config_file(file)} speaks of {' and '.join(lost)}, but no attention of "
             "the graph has it: the export computes what the graph computes, which is not what the original model "
             "does",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_shared_ranges(model: ir.Model, file: Path) -> None:
+    """Activations quantised over a whole call: a token's result depends on which others come with it."""
+    nodes = list(find_nodes(model, lambda node: node.op_type == "DynamicQuantizeLinear"))
+    if nodes:
+        print(
+            f"relay-attention: warning: {file}: {len(nodes)} nodes quantise activations over all tokens of a call "
+            f"(the first is {describe(nodes[0])}), so that results depend on which tokens and requests run "
+            "together, here as in the original graph; weights alone in 4 or 8 bits (MatMulNBits) have no such "
+            "effect",
             file=sys.stderr,
         )
 

@@ -33,8 +33,6 @@ class SettleSizes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         going = [value for value in model.graph.inputs if value.name not in _KEPT]
-        if not going:
-            return ir.passes.PassResult(model, False)
         self._positions(model)
         self._numbers(model)
         common.RemoveUnusedNodesPass()(model)
@@ -133,7 +131,9 @@ class SettleSizes(ir.passes.InPlacePass):
         """Integers that depend on inputs which go, at every setting, in graph order."""
         common.RemoveUnusedNodesPass()(model)
         probe = self.probe.anew()
-        dirty = {value for value in model.graph.inputs if value.name not in _KEPT}
+        # without a past, positions may be counted from the size of input_ids alone
+        kept = _KEPT if probe.has_past else {POSITION_IDS}
+        dirty = {value for value in model.graph.inputs if value.name not in kept}
         targets = []
         for node in model.graph:
             if any(operand in dirty for operand in node.inputs):

@@ -118,6 +118,9 @@ def _positions(b: Builder, kind: str) -> str:
         start = b.op("Sub", b.size("attention_mask", 1), b.size("input_ids", 1))
         new = b.op("Slice", counted, start, b.tensor([2**31]), b.tensor([1]))
         return b.op("Add", new, b.tensor(2))
+    if kind == "sequence":
+        count = b.op("Range", b.tensor(0), b.op("Squeeze", b.size("input_ids", 1)), b.tensor(1))
+        return b.op("Unsqueeze", count, b.tensor([0]))
     total = b.op("Squeeze", b.size("attention_mask", 1))
     past = b.op("Sub", total, b.op("Squeeze", b.size("input_ids", 1)))
     return b.op("Unsqueeze", b.op("Range", past, total, b.tensor(1)), b.tensor([0]))
@@ -219,8 +222,9 @@ def _repeated(b: Builder, value: str, how: str) -> str:
     group = HEADS // b.kv_heads
     if group == 1:
         return value
-    if how == "gather":
-        return b.op("Gather", value, b.tensor(np.repeat(np.arange(b.kv_heads), group)), axis=1)
+    if how in ("gather", "wrong"):
+        order = np.repeat if how == "gather" else np.tile
+        return b.op("Gather", value, b.tensor(order(np.arange(b.kv_heads), group)), axis=1)
     shape = [
         b.size(value, 0),
         b.tensor([b.kv_heads]),
@@ -362,5 +366,6 @@ def _feeds(session: onnxruntime.InferenceSession, ids: np.ndarray) -> dict[str, 
             feeds[value.name] = np.array([True])
         else:
             shape = [1, *(dim if isinstance(dim, int) else 0 for dim in value.shape[1:])]
-            feeds[value.name] = np.zeros(shape, np.float32)
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            feeds[value.name] = np.zeros(shape, dtype)
     return feeds

@@ -32,6 +32,7 @@ WORKING = {
     "decomposed-one-kv-head": lambda: d.decoder(d.decomposed(), kv_heads=1),
     "positions-cumsum": lambda: d.decoder(d.decomposed(), positions="cumsum"),
     "positions-range": lambda: d.decoder(d.decomposed(), positions="range"),
+    "positions-range-24": lambda: d.decoder(d.onnx_attention(), positions="range", opset=24),
     "attention-23": lambda: d.decoder(d.onnx_attention(), opset=23),
     "attention-23-float-mask": lambda: d.decoder(
         d.onnx_attention(mask="float", scale=0.3, softcap=2.0), opset=23
@@ -148,6 +149,10 @@ REFUSED = {
         lambda: d.decoder(d.decomposed(edit=lambda b, _, s: b.op("Add", s, b.tensor(1, np.float32)))),
         r"Softmax.*more than a mask: 1 at a visible key",
     ),
+    "heads-shared-in-another-order": (
+        lambda: d.decoder(d.decomposed(repeat="wrong")),
+        r"Softmax.*run by itself, it is not attention of 4 query and 2 key heads",
+    ),
     "scores-clipped": (
         lambda: d.decoder(
             d.decomposed(edit=lambda b, _, s: b.op("Min", s, b.tensor(0.01, np.float32)))
@@ -155,6 +160,44 @@ REFUSED = {
         r"Softmax.*run by itself, it is not attention",
     ),
 }  # fmt: skip
+
+
+def test_positions_that_forget_the_cache_are_refused(
+    tiny: ModuleType, folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = folder(d.decoder(d.decomposed(), positions="sequence"))
+    with pytest.raises(ExportError, match="other logits when the same tokens come in two pieces"):
+        export_model(path, tiny.SYSTEM_PROMPT, tmp_path / "out", threads=1)
+
+
+def test_float16_and_4_bit_weights(tiny: ModuleType, folder: Callable[..., Path], tmp_path: Path) -> None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    quantizer = MatMulNBitsQuantizer(d.decoder(d.decomposed()), block_size=32, is_symmetric=True)
+    quantizer.process()
+    half = convert_float_to_float16(d.decoder(d.decomposed(softcap=2.0)))
+    for model, dtype in ((quantizer.model.model, "float32"), (half, "float16")):
+        output = export_model(
+            folder(model), tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1
+        )
+        manifest = Artifact.open(output).manifest
+        assert manifest.dtype == dtype
+        with RelayDecoder.load(output, max_batch=3, threads=1) as decoder:
+            greedy = SamplingParams(max_new_tokens=3, ignore_eos=True)
+            found = [result.token_ids for result in decoder.generate(PROMPTS, greedy)]
+        assert found == d.greedy(model, [[*manifest.prefix.token_ids, *p] for p in PROMPTS], 3)
+
+
+def test_activations_quantised_together_are_spoken_of(
+    folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    onnx.save(d.decoder(d.decomposed()), tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "int8.onnx")
+    load_onnx(folder(onnx.load(tmp_path / "int8.onnx")))
+    assert "quantise activations over all tokens of a call" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", REFUSED)

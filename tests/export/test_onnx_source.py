@@ -301,6 +301,20 @@ def _read_the_mask_elsewhere(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+def _keep_the_last(model: onnx.ModelProto) -> None:
+    head = next(node for node in model.graph.node if "logits" in node.output)
+    head.output[0] = "every_logits"
+    for name, number in (("last.start", -1), ("last.end", 2**31), ("last.axis", 1)):
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], [number]))
+    inputs = ["every_logits", "last.start", "last.end", "last.axis"]
+    model.graph.node.append(helper.make_node("Slice", inputs, ["logits"], name="/last"))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def _fix_the_batch(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
 def _share_a_cache(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         node.input[:] = [name.replace("past_key_values.1.", "past_key_values.0.") for name in node.input]
@@ -313,8 +327,13 @@ def _share_a_cache(model: onnx.ModelProto) -> None:
         (_add_input("inputs_embeds"), r"takes 'inputs_embeds' in place of token ids"),
         (_rename("input_ids", "tokens"), r"no input 'input_ids', only: tokens, attention_mask"),
         (_rename("logits", "scores"), r"no output 'logits', only: scores"),
-        (_rename("attention_mask", "padding"), r"input 'padding' \[batch,total\], read by .* node '/.*', is not known here"),
+        (
+            _rename("attention_mask", "padding"),
+            r"input 'padding' \[batch,total\], read by .* node '/.*', is not known here",
+        ),
         (_read_the_mask_elsewhere, r"needs its input 'attention_mask' outside.*Cast node '/cast_mask'"),
+        (_keep_the_last, r"logits are \[batch,1,384\].*logits of every token"),
+        (_fix_the_batch, r"input_ids is of shape \[1,sequence\]: export the model with a dynamic batch"),
         (_share_a_cache, r"several attentions read the same cache 'past_key_values\.0\.key'"),
     ],
 )
