@@ -53,8 +53,16 @@ class _WithPast(torch.nn.Module):
         return result.logits, [(layer.keys, layer.values) for layer in result.past_key_values.layers]
 
 
-def _torch_export(tiny: ModuleType, folder: Path, config: Any, opset: int, attention: str) -> Path:
-    """A Hugging Face folder in folder/source, its graph with past keys and values in folder."""
+_ROWS = ("input_ids", "attention_mask", "position_ids")
+
+
+def _torch_export(
+    tiny: ModuleType, folder: Path, config: Any, opset: int, attention: str, dynamo: bool = True
+) -> Path:
+    """A Hugging Face folder in folder/source, its graph with past keys and values in folder.
+
+    dynamo: the exporter of today; False for the one through TorchScript, which optimum uses.
+    """
     source = tiny.make_model(folder / "source", config)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention).eval()
     layers, heads = (
@@ -64,25 +72,41 @@ def _torch_export(tiny: ModuleType, folder: Path, config: Any, opset: int, atten
     past = [tuple(torch.randn(2, heads, 5, tiny.HEAD_DIM) for _ in range(2)) for _ in range(layers)]
     positions = torch.arange(5, 8).expand(2, 3).contiguous()
     inputs = (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64), positions, past)
-    any_size = torch.export.Dim.DYNAMIC
-    rows = {0: any_size, 1: any_size}
     kinds = [f"{layer}.{what}" for layer in range(layers) for what in ("key", "value")]
+    names = {
+        "input_names": [*_ROWS, *(f"past_key_values.{kind}" for kind in kinds)],
+        "output_names": ["logits", *(f"present.{kind}" for kind in kinds)],
+    }
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            _WithPast(model).eval(),
-            inputs,
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=(rows, rows, rows, [({0: any_size, 2: any_size},) * 2] * layers),
-            input_names=["input_ids", "attention_mask", "position_ids"]
-            + [f"past_key_values.{kind}" for kind in kinds],
-            output_names=["logits", *(f"present.{kind}" for kind in kinds)],
-            verbose=False,
-        )
-    assert program is not None
-    program.save(folder / "model.onnx")
+        if dynamo:
+            any_size = torch.export.Dim.DYNAMIC
+            sizes = [{0: any_size, 1: any_size}] * 3 + [[({0: any_size, 2: any_size},) * 2] * layers]
+            program = torch.onnx.export(
+                _WithPast(model).eval(),
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=tuple(sizes),
+                verbose=False,
+                **names,
+            )
+            assert program is not None
+            program.save(folder / "model.onnx")
+        else:
+            named = {name: {0: "batch", 1: "sequence"} for name in _ROWS}
+            named["attention_mask"] = {0: "batch", 1: "past + sequence"}
+            named |= {f"past_key_values.{kind}": {0: "batch", 2: "past"} for kind in kinds}
+            torch.onnx.export(
+                _WithPast(model).eval(),
+                inputs,
+                folder / "model.onnx",
+                dynamo=False,
+                opset_version=opset,
+                dynamic_axes=named,
+                **names,
+            )
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)
     return folder
@@ -131,9 +155,34 @@ def test_what_torch_exports_decodes_as_transformers_does(tiny: ModuleType, tmp_p
     assert attributes["softcap"].f == softcap
     # rotary embedding went into the op, whether written out or a RotaryEmbedding
     assert attributes["do_rotary"].i == ("gpt2" not in name)
-    report = verify(output, source / "source", requests=5, new_tokens=8, threads=1)
+    _check(output, source / "source")
+
+
+def _check(output: Path, source: Path) -> None:
+    report = verify(output, source, requests=5, new_tokens=8, threads=1)
     assert report.ok, report.table()
     assert sum(request.matches for request in report.requests) == 40
+
+
+def test_torchscript_graphs_and_what_onnx_runtimes_optimiser_makes_of_them(
+    tiny: ModuleType, tmp_path: Path
+) -> None:
+    """No shapes in the first, fused normalisation and com.microsoft.RotaryEmbedding in the second."""
+    from onnxruntime.transformers import optimizer
+
+    source = _torch_export(tiny, tmp_path, tiny.CONFIGS["mistral"](), 17, "sdpa", dynamo=False)
+    output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
+    assert Artifact.open(output).manifest.geometry.local_window_size == (24, 24)
+    _check(output, source / "source")
+    fused = optimizer.optimize_model(
+        str(source / "model.onnx"), model_type="gpt2", num_heads=tiny.HEADS, hidden_size=64, opt_level=0
+    )
+    kinds = {node.op_type for node in fused.model.graph.node}
+    assert {"RotaryEmbedding", "SimplifiedLayerNormalization"} & kinds
+    fused.save_model_to_file(str(source / "model.onnx"))
+    output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "fused", template="plain", threads=1)
+    assert Artifact.open(output).manifest.geometry.local_window_size == (24, 24)
+    _check(output, source / "source")
 
 
 def _merge(folder: Path) -> None:
