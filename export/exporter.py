@@ -134,7 +134,7 @@ def _load(
     if kind == GENAI:
         from relay_attention.export.genai import load_genai
 
-        loaded = load_genai(folder)
+        loaded = load_genai(folder, prefix_length, max_context)
         if precision is not None:
             _check_precision(loaded, folder, precision)
         return loaded

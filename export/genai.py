@@ -9,14 +9,17 @@ import onnx_ir as ir
 
 from relay_attention.errors import ExportError
 from relay_attention.export.graph import find_nodes, int_attribute
+from relay_attention.export.longrope_tables import choose_tables
 from relay_attention.export.source import GENAI, SourceModel, read_json, token_list
 
 CONFIG_NAME = "genai_config.json"
 
 
-def load_genai(folder: Path) -> SourceModel:
+def load_genai(folder: Path, prefix_length: int = 0, max_context: int | None = None) -> SourceModel:
     """Reads the decoder of a genai folder; its weights stay in their file, mapped.
 
+    prefix_length: tokens of the system prompt. max_context: as the user gave it. Both matter only to rotary
+        embedding that depends on how long a request is.
     Raises: ExportError if files are missing or the folder holds more than one decoder model.
     """
     config = read_json(folder / CONFIG_NAME)
@@ -47,11 +50,13 @@ def load_genai(folder: Path) -> SourceModel:
         if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
             raise ExportError(f"{tensor.path}: missing, though {file.name} keeps {value.name!r} in it")
     _warn_of_lost_window(decoder, model, folder)
+    regime = choose_tables(model, prefix_length, max_context, context_length)
     return SourceModel(
         model=model,
         kind=GENAI,
         architecture=kind,
-        max_positions=context_length,
+        max_positions=regime.max_positions,
+        min_prefix=regime.min_prefix,
         num_layers=num_layers,
         eos=token_list(model_config.get("eos_token_id")),
     )

@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from relay_attention.errors import ExportError
 
-_LONGROPE, _DYNAMIC = "longrope", "dynamic"
+LONGROPE, _DYNAMIC = "longrope", "dynamic"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ def fix_regime(model: Any, prefix_length: int, max_context: int | None, max_posi
     regime = Regime(max_positions)
     for module in modules:
         for layer_type, rope_type in _types(module):
-            regime = _choose(module, layer_type, rope_type, prefix_length, max_context, regime)
+            switch = _switch(module, layer_type, rope_type)
+            regime = choose_regime(rope_type, switch, prefix_length, max_context, regime)
     for module in modules:
         _freeze(module, min(prefix_length + 1, regime.max_positions), regime.max_positions)
     return regime
@@ -48,34 +47,34 @@ def _types(module: Any) -> Iterator[tuple[str | None, str]]:
     types = getattr(module, "rope_type", None)
     pairs = types.items() if isinstance(types, dict) else [(None, types)]
     for layer_type, rope_type in pairs:
-        if isinstance(rope_type, str) and (_DYNAMIC in rope_type or rope_type == _LONGROPE):
+        if isinstance(rope_type, str) and (_DYNAMIC in rope_type or rope_type == LONGROPE):
             yield layer_type, rope_type
 
 
-def _choose(
-    module: Any,
-    layer_type: str | None,
-    rope_type: str,
-    prefix_length: int,
-    max_context: int | None,
-    regime: Regime,
-) -> Regime:
+def _switch(module: Any, layer_type: str | None, rope_type: str) -> int:
+    """Tokens up to which the short, or unstretched, frequencies hold."""
+    if rope_type != LONGROPE:
+        return int(module.original_max_seq_len)
     parameters = module.config.rope_parameters
     parameters = parameters[layer_type] if layer_type is not None else parameters
-    if rope_type != _LONGROPE:
-        switch = int(module.original_max_seq_len)
-    else:
-        switch = int(
-            parameters.get("original_max_position_embeddings")
-            or module.config.original_max_position_embeddings
-        )
-        if prefix_length >= switch:  # every request has a token more
-            return Regime(regime.max_positions, max(regime.min_prefix, switch))
-    longest = prefix_length + (max_context or 1)
-    if longest > switch:
+    return int(
+        parameters.get("original_max_position_embeddings") or module.config.original_max_position_embeddings
+    )
+
+
+def choose_regime(
+    rope_type: str, switch: int, prefix_length: int, max_context: int | None, regime: Regime
+) -> Regime:
+    """The regime of frequencies that change after `switch` tokens, within one that is given.
+
+    Raises: ExportError if prefix and max_context lie across that length.
+    """
+    if rope_type == LONGROPE and prefix_length >= switch:  # every request has a token more
+        return Regime(regime.max_positions, max(regime.min_prefix, switch))
+    if prefix_length + (max_context or 1) > switch:
         context = "a prompt" if max_context is None else f"max_context {max_context}"
         remedies = [f"a max_context of at most {switch - prefix_length}"] if prefix_length < switch else []
-        if rope_type == _LONGROPE:
+        if rope_type == LONGROPE:
             remedies.append(f"a system prompt of at least {switch} tokens")
         raise ExportError(
             f"rotary embedding of type {rope_type!r} changes its frequencies after {switch} tokens, and the "
@@ -87,6 +86,8 @@ def _choose(
 
 def _freeze(module: Any, shortest: int, longest: int) -> None:
     """Lets the module itself set its frequencies for these lengths, which must agree, and keeps them."""
+    import torch
+
     layer_types = [layer_type for layer_type, _ in _types(module)]
     for layer_type in layer_types:
         name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
