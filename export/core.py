@@ -250,7 +250,8 @@ def _find_window(core: Core, probe: Probe) -> int:
         if longest > _LONGEST_WITHOUT_PAST:
             raise refuse(
                 core.node,
-                f"the graph takes no past keys and values, so that its mask would have to be computed whole for "
+                "the graph takes no past keys and values, so that its mask would have to be computed "
+                "whole for "
                 f"{longest} positions: export it with past key values",
             )
         last = probe.setting(1, longest, 0)
@@ -304,7 +305,8 @@ def _visible(core: Core, probe: Probe, setting: Setting) -> Array:
         worst = float(added.reshape(-1)[np.abs(added).argmax()])
         raise refuse(
             core.node,
-            f"what is added to its scores is more than a mask: {worst:.3g} at a visible key (ALiBi, a relative "
+            f"what is added to its scores is more than a mask: {worst:.3g} at a visible key (ALiBi, a "
+            "relative "
             "position bias, or a bias of its own)",
         )
     return np.asarray(visible)
@@ -344,7 +346,7 @@ def _prove(described: Description, probe: Probe) -> None:
             ]
         if past:
             parts[1:] = [np.concatenate([old, new], axis=2) for old, new in zip(past, parts[1:], strict=True)]
-        expected = _reference(described, *parts, setting)
+        expected = _reference(described, parts, setting)
         if found.size != expected.size:
             raise refuse(core.node, f"run by itself, its output is of shape {found.shape}")
         found = described.output.as_heads(found)
@@ -353,7 +355,8 @@ def _prove(described: Description, probe: Probe) -> None:
         if not off <= _TOLERANCE.get(dtype, 2e-2):
             raise refuse(
                 core.node,
-                f"run by itself, it is not attention of {query.heads} query and {key.heads} key heads with scale "
+                f"run by itself, it is not attention of {query.heads} query and {key.heads} key heads "
+                "with scale "
                 f"{described.scale:.6g}, softcap {described.softcap:.6g} and window "
                 f"{described.local_window_size} over past and new tokens (off by {off:.2g})",
             )
@@ -375,7 +378,8 @@ def _cache_as_heads(core: Core, cache: Array, tokens: Tokens, setting: Setting) 
     )
 
 
-def _reference(described: Description, query: Array, key: Array, value: Array, setting: Setting) -> Array:
+def _reference(described: Description, parts: list[Array], setting: Setting) -> Array:
+    query, key, value = parts
     queries = np.arange(setting.past, setting.total)[:, None]
     keys = np.arange(setting.total)[None]
     visible = keys <= queries

@@ -87,8 +87,10 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
         if value.uses() and not probe.knows(value):
             reader = describe(next(iter(value.consumers())))
             raise ExportError(
-                f"{file}: its input {value.name!r} {value.shape}, read by {reader}, is not known here; known are "
-                "input_ids, attention_mask [batch, total], position_ids, cache_position, and caches of keys and "
+                f"{file}: its input {value.name!r} {value.shape}, read by {reader}, is not known here; "
+                "known are "
+                "input_ids, attention_mask [batch, total], position_ids, cache_position, and caches of "
+                "keys and "
                 "values"
             )
     try:
@@ -140,7 +142,8 @@ def find_file(source: Path) -> Path:
         if others:
             names = ", ".join(path.name for path in others)
             raise ExportError(
-                f"{folder}: holds several graphs ({names}), none named {' or '.join(NAMES)}: give the file itself"
+                f"{folder}: holds several graphs ({names}), none named {' or '.join(NAMES)}: give the "
+                "file itself"
             )
     raise ExportError(f"{source}: no ONNX graph in it")
 
@@ -150,7 +153,8 @@ def _config_file(file: Path) -> Path:
         if (folder / CONFIG_NAME).is_file():
             return folder / CONFIG_NAME
     raise ExportError(
-        f"{file.parent / CONFIG_NAME}: missing; the number of positions and the end tokens are read from it: put "
+        f"{file.parent / CONFIG_NAME}: missing; the number of positions and the end tokens are read "
+        "from it: put "
         "the model's config.json beside the graph"
     )
 
@@ -163,7 +167,8 @@ def _max_positions(config: dict[str, Any], file: Path) -> int:
         kind = part.get("rope_type", part.get("type"))
         if kind in _LENGTH_DEPENDENT_ROPE:
             raise ExportError(
-                f"{file}: rotary embedding of type {kind!r} depends on the length of each request and cannot share "
+                f"{file}: rotary embedding of type {kind!r} depends on the length of each request and "
+                "cannot share "
                 "a prefix; it is not supported"
             )
     for name in _POSITIONS:
@@ -171,7 +176,8 @@ def _max_positions(config: dict[str, Any], file: Path) -> int:
         if isinstance(value, int) and value > 0:
             return value
     raise ExportError(
-        f"{_config_file(file)}: it does not say how many positions the model has ({', '.join(_POSITIONS[:3])})"
+        f"{_config_file(file)}: it does not say how many positions the model has "
+        f"({', '.join(_POSITIONS[:3])})"
     )
 
 
@@ -227,7 +233,8 @@ def _refuse_inputs(model: ir.Model, file: Path) -> None:
         name = str(value.name)
         if "encoder" in name:
             raise ExportError(
-                f"{file}: its input {name!r} makes it part of an encoder-decoder; only decoders can be exported"
+                f"{file}: its input {name!r} makes it part of an encoder-decoder; only decoders can be "
+                "exported"
             )
         if name in ("inputs_embeds", "pixel_values"):
             raise ExportError(
@@ -346,7 +353,8 @@ def _check_logits(model: ir.Model, file: Path) -> None:
     assert logits is not None
     if logits.shape is None or len(logits.shape) != 3 or logits.shape[1] != input_ids.shape[1]:
         raise ExportError(
-            f"{file}: its logits are {logits.shape}, not [batch, sequence, vocabulary]: export the model with the "
+            f"{file}: its logits are {logits.shape}, not [batch, sequence, vocabulary]: export the "
+            "model with the "
             "logits of every token (without logits_to_keep)"
         )
 
@@ -367,8 +375,10 @@ def _warn_of_lost(model: ir.Model, config: dict[str, Any], file: Path) -> None:
         lost.append(f"a sliding window of {window} tokens")
     if nodes and lost:
         print(
-            f"relay-attention: warning: {_config_file(file)} speaks of {' and '.join(lost)}, but no attention of "
-            "the graph has it: the export computes what the graph computes, which is not what the original model "
+            f"relay-attention: warning: {_config_file(file)} speaks of {' and '.join(lost)}, but no "
+            "attention of "
+            "the graph has it: the export computes what the graph computes, which is not what the "
+            "original model "
             "does",
             file=sys.stderr,
         )
@@ -379,9 +389,11 @@ def _warn_of_shared_ranges(model: ir.Model, file: Path) -> None:
     nodes = list(find_nodes(model, lambda node: node.op_type == "DynamicQuantizeLinear"))
     if nodes:
         print(
-            f"relay-attention: warning: {file}: {len(nodes)} nodes quantise activations over all tokens of a call "
+            f"relay-attention: warning: {file}: {len(nodes)} nodes quantise activations over all "
+            "tokens of a call "
             f"(the first is {describe(nodes[0])}), so that results depend on which tokens and requests run "
-            "together, here as in the original graph; weights alone in 4 or 8 bits (MatMulNBits) have no such "
+            "together, here as in the original graph; weights alone in 4 or 8 bits (MatMulNBits) have "
+            "no such "
             "effect",
             file=sys.stderr,
         )
@@ -397,6 +409,7 @@ def _check_precision(model: ir.Model, file: Path, precision: str | None) -> None
     if precision is not None and found and found != {wanted[precision]}:
         names = ", ".join(sorted(str(dtype) for dtype in found))
         raise ExportError(
-            f"{file}: its attention is of type {names}; it cannot be changed to {precision}: export the model in "
+            f"{file}: its attention is of type {names}; it cannot be changed to {precision}: export "
+            "the model in "
             "that precision, or leave --precision out"
         )

@@ -52,8 +52,8 @@ _SAME_SHAPE = {
     "Cast", "Clip", "CumSum", "Dropout", "Elu", "Erf", "Gelu", "HardSwish", "Identity", "IsNaN",
     "LayerNormalization", "LeakyRelu", "LogSoftmax", "Neg", "Not", "RMSNormalization", "Reciprocal", "Relu",
     "RotaryEmbedding", "Sigmoid", "SimplifiedLayerNormalization", "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "FastGelu", "QuickGelu",
-    "BiasGelu", "Abs", "Exp", "Cos", "Sin", "Trilu", "TensorScatter", "AttentionForm",
+    "SkipSimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "FastGelu",
+    "QuickGelu", "BiasGelu", "Abs", "Exp", "Cos", "Sin", "Trilu", "TensorScatter", "AttentionForm",
     "Attention", "MultiHeadAttention",
 }  # fmt: skip
 _BROADCAST = {
@@ -65,8 +65,8 @@ _BROADCAST = {
 class Probe:
     """Evaluates values of a model for settings.
 
-    longest: tokens, past and new, that settings may reach. past_lengths, total_lengths: names of inputs [batch] that hold, per row, tokens cached before a call and
-    after it.
+    past_lengths, total_lengths: names of inputs [batch] that hold, per row, tokens cached before a call and
+    after it. longest: tokens, past and new, that settings may reach.
     """
 
     def __init__(
@@ -338,14 +338,14 @@ class Probe:
                 index[axis] = slice(start, end, step)
             return view[tuple(index)].shape
         if op == "Split":
-            data = list(of(0))
+            sizes = list(of(0))
             axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
             place = list(node.outputs).index(value)
             if len(node.inputs) > 1 and node.inputs[1] is not None:
-                data[axis] = ints(1)[place]
+                sizes[axis] = ints(1)[place]
             else:
-                data[axis] //= len(node.outputs)
-            return tuple(data)
+                sizes[axis] //= len(node.outputs)
+            return tuple(sizes)
         if op == "Gemm":
             trans = {
                 name: name in node.attributes and node.attributes[name].as_int()

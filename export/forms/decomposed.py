@@ -17,7 +17,8 @@ from relay_attention.export.probe import Array, Probe, ProbeError, Setting
 
 _PRODUCTS = {"MatMul", "FusedMatMul", "Einsum"}
 _TO_SOFTMAX = {
-    "Add", "Cast", "Clip", "Concat", "Div", "Identity", "Max", "Min", "Mul", "Reshape", "Sub", "Tanh", "Where",
+    "Add", "Cast", "Clip", "Concat", "Div", "Identity", "Max", "Min", "Mul", "Reshape", "Sub", "Tanh",
+    "Where",
 }  # fmt: skip
 _FROM_SOFTMAX = {"Cast", "Dropout", "Identity", "Reshape", "Slice", "Where"}
 _DEPTH = 16  # nodes between a product and its Softmax
@@ -46,7 +47,8 @@ def find(node: ir.Node, probe: Probe) -> Core | None:
         if step.op_type == "Concat":
             raise refuse(
                 node,
-                f"its scores get further columns (Concat node {step.name!r}) before the Softmax: attention sinks, "
+                f"its scores get further columns (Concat node {step.name!r}) before the Softmax: "
+                "attention sinks, "
                 "which RelayAttention has not",
             )
     axis, scores = int_attribute(node, "axis", -1), path.product.outputs[0]
@@ -57,7 +59,8 @@ def find(node: ir.Node, probe: Probe) -> Core | None:
     if second is None:
         raise refuse(
             node,
-            f"it is attention written out (scores from {path.product.name!r}), but its probabilities do not go "
+            f"it is attention written out (scores from {path.product.name!r}), but its probabilities "
+            "do not go "
             "into one product with the values",
         )
     product, probabilities = second
@@ -113,7 +116,7 @@ def _is_activation(value: ir.Value | None) -> bool:
 
 def _second_product(softmax: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     """The product of the probabilities and the values, and the former as it takes them."""
-    pending, products = [softmax.outputs[0]], []
+    pending, products = [softmax.outputs[0]], list[tuple[ir.Node, ir.Value]]()
     while pending:
         value = pending.pop()
         for node in value.consumers():

@@ -40,7 +40,8 @@ class SettleSizes(ir.passes.InPlacePass):
             if value.uses():
                 readers = ", ".join(describe(node) for node in list(value.consumers())[:3])
                 raise ExportError(
-                    f"the graph still needs its input {value.name!r} outside its attention, for {readers}: what "
+                    f"the graph still needs its input {value.name!r} outside its attention, for "
+                    f"{readers}: what "
                     "is computed from it is neither positions nor a size of the batch"
                 )
             model.graph.inputs.remove(value)

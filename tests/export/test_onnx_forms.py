@@ -123,15 +123,24 @@ def _chunked(b, layer: int, query: str, key: str, value: str) -> str:
 
 
 REFUSED = {
-    "alibi": (lambda: d.decoder(d.decomposed(edit=_alibi)), r"Softmax node '/Softmax_\d+'.*more than a mask.*ALiBi"),
-    "chosen-bias": (lambda: d.decoder(d.decomposed(edit=_learned_bias)), r"Softmax.*cannot be evaluated.*token ids"),
+    "alibi": (
+        lambda: d.decoder(d.decomposed(edit=_alibi)),
+        r"Softmax node '/Softmax_\d+'.*more than a mask.*ALiBi",
+    ),
+    "chosen-bias": (
+        lambda: d.decoder(d.decomposed(edit=_learned_bias)),
+        r"Softmax.*cannot be evaluated.*token ids",
+    ),
     "sinks": (lambda: d.decoder(_sinks, kv_heads=4), r"Softmax.*Concat node '/Concat_\d+'.*attention sinks"),
     "quantised": (lambda: d.decoder(_quantised, kv_heads=4), r"Softmax node.*quantised"),
     "no-mask": (
         lambda: d.decoder(d.decomposed(mask="none")),
         r"Softmax.*not causal.*the query at position \d+ sees the key at \d+",
     ),
-    "chunked": (lambda: d.decoder(_chunked, opset=23), r"Attention node '/Attention_\d+'.*not causal with a fixed"),
+    "chunked": (
+        lambda: d.decoder(_chunked, opset=23),
+        r"Attention node '/Attention_\d+'.*not causal with a fixed",
+    ),
     "causal-from-the-first-key": (
         # aligned with the first key, so that new tokens behind a cache do not see what is before them
         lambda: d.decoder(d.onnx_attention(mask=None, is_causal=1), opset=23),

@@ -1,5 +1,5 @@
-"""Folders and files with an ONNX decoder: what torch.onnx.export makes of transformers' models, merged graphs,
-external data, and what is refused."""
+"""Folders and files with an ONNX decoder: what torch.onnx.export makes of transformers' models, merged
+graphs, external data, and what is refused."""
 
 from __future__ import annotations
 
