@@ -37,6 +37,7 @@ NAMES = (
     "decoder_with_past_model.onnx",
     "decoder_model.onnx",
 )
+_OLDEST_OPSET = 13  # older ones have axes as attributes
 _BRANCH = "use_cache_branch"
 _POSITIONS = (
     "max_position_embeddings",
@@ -76,6 +77,11 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
     max_positions, architecture = _max_positions(config, file), _architecture(config, file)
     _refuse_encoders(config, architecture, file)
     model = _read(file)
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < _OLDEST_OPSET:
+        raise ExportError(
+            f"{file}: of opset {opset}; export the model with opset {_OLDEST_OPSET} or newer (17 at best)"
+        )
     _refuse_inputs(model, file)
     _take_branch(model, file)
     _normalise(model)

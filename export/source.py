@@ -70,12 +70,10 @@ def files_beside(source: Path) -> Path:
 
     Where a repository keeps its graphs in a folder onnx, that is the one above.
     """
-    if source.is_dir():
-        return source
-    folder = source.parent
-    above = folder.parent
-    if not (folder / "tokenizer.json").is_file() and (above / "tokenizer.json").is_file():
-        return above
+    folder = source if source.is_dir() else source.parent
+    above = folder.resolve().parent
+    if folder.resolve().name == "onnx" and not (folder / "tokenizer.json").is_file():
+        return above if (above / "tokenizer.json").is_file() else folder
     return folder
 
 

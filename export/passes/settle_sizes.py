@@ -36,6 +36,9 @@ class SettleSizes(ir.passes.InPlacePass):
         self._positions(model)
         self._numbers(model)
         common.RemoveUnusedNodesPass()(model)
+        if any(node.op_type == "GroupQueryAttention" for node in model.graph):
+            # it reads them until ReplaceAttention has been; what is left then is refused by RemoveUnused
+            return ir.passes.PassResult(model, True)
         for value in going:
             if value.uses():
                 readers = ", ".join(describe(node) for node in list(value.consumers())[:3])

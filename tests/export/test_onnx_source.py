@@ -311,6 +311,7 @@ def test_a_file_and_a_repository_with_a_folder_onnx(tiny: ModuleType, folder: Pa
     (folder / "onnx").mkdir()
     (folder / "model.onnx").rename(folder / "onnx" / "model.onnx")
     first = export_model(folder, "Be kind.", tmp_path / "first", threads=1)
+    (folder / "config.json").rename(folder / "onnx" / "config.json")
     second = export_model(folder / "onnx" / "model.onnx", "Be kind.", tmp_path / "second", threads=1)
     assert Artifact.open(first).manifest.model_id == Artifact.open(second).manifest.model_id
 
@@ -360,6 +361,10 @@ def _keep_the_last(model: onnx.ModelProto) -> None:
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
 
 
+def _age(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 11
+
+
 def _fix_the_batch(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
 
@@ -383,6 +388,7 @@ def _share_a_cache(model: onnx.ModelProto) -> None:
         (_read_the_mask_elsewhere, r"needs its input 'attention_mask' outside.*Cast node '/cast_mask'"),
         (_keep_the_last, r"logits are \[batch,1,384\].*logits of every token"),
         (_fix_the_batch, r"input_ids is of shape \[1,sequence\]: export the model with a dynamic batch"),
+        (_age, r"of opset 11; export the model with opset 13 or newer"),
         (_share_a_cache, r"several attentions read the same cache 'past_key_values\.0\.key'"),
     ],
 )
@@ -438,6 +444,18 @@ def test_a_softcap_that_the_exporter_lost_is_spoken_of(
     load_onnx(folder)
     said = capsys.readouterr().err
     assert "a softcap of 50.0 (attn_logit_softcapping) and a sliding window of 24 tokens" in said
+
+
+def test_group_query_attention_without_a_genai_config(
+    tiny: ModuleType, llama: Path, genai_llama: Path, tmp_path: Path
+) -> None:
+    """What other tools make of a genai build, or ONNX Runtime's fusions of a decoder."""
+    source = Path(shutil.copytree(genai_llama, tmp_path / "model"))
+    (source / "genai_config.json").unlink()
+    shutil.copyfile(llama / "config.json", source / "config.json")
+    output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
+    assert Artifact.open(output).manifest.source == {"kind": "onnx", "architecture": "LlamaForCausalLM"}
+    _check(output, llama)
 
 
 def test_the_layers_of_the_config_must_all_attend(tiny: ModuleType, folder: Path, tmp_path: Path) -> None:
