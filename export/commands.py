@@ -20,7 +20,8 @@ def add_commands(subparsers: Any) -> None:
     export.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a Hugging Face model, or of onnxruntime-genai's model builder",
+        help="folder of a Hugging Face model, of onnxruntime-genai's model builder, or of an ONNX decoder "
+        "(optimum, torch.onnx.export) with its config.json; or the .onnx file",
     )
     export.add_argument("--system-prompt", required=True, metavar="FILE", help="text file, UTF-8")
     export.add_argument(
@@ -29,7 +30,7 @@ def add_commands(subparsers: Any) -> None:
     export.add_argument(
         "--precision",
         choices=("fp32", "fp16"),
-        help="of weights and KV cache (fp32; what a genai folder holds)",
+        help="of weights and KV cache (fp32; what a genai folder or an ONNX decoder holds)",
     )
     export.add_argument(
         "--target",

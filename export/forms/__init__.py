@@ -1,6 +1,10 @@
 """Attention as the exporters write it: one matcher per form, each describing a node as an `AttentionSite`.
 
 A new form is a new file here and an entry in `MATCHERS`; the rewriter and all else stay as they are.
+
+Forms that keep their caches, masks and layouts in the graph around them (`decomposed`, `onnx_attention`,
+`multi_head_attention`) describe a `Core` instead, which `passes/fold_attention.py` proves by running it and
+turns into the first of the matchers' forms; a new one is a new file here and an entry in its `FORMS`.
 """
 
 from __future__ import annotations
