@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from relay_attention.errors import ExportError
 from relay_attention.export.graph import refuse
 from relay_attention.export.probe import SPARE, Array, Probe, ProbeError, Setting, is_cache
 from relay_attention.plugins.reference import attention
@@ -25,6 +26,10 @@ _DEQUANTIZE = {"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"}
 _LONGEST_WITHOUT_PAST = 2048
 _HIDDEN = -1e4  # what masks add to hide a key is at most this
 _TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
+
+
+class _NotRunnable(ExportError):
+    """A mask does not run at a setting."""
 
 
 @dataclass
@@ -268,7 +273,12 @@ def _find_window(core: Core, probe: Probe) -> int:
             around = (window - 2, window - 1, window, window + 3)
             settings += [probe.setting(1, 3, past) for past in around if 0 <= past < longest - 3]
     for setting in settings:
-        visible = _visible(core, probe, setting)
+        try:
+            visible = _visible(core, probe, setting)
+        except _NotRunnable:
+            if setting.past or not probe.has_past:
+                raise
+            continue  # a graph for later calls only need not run with empty caches
         queries = np.arange(setting.past, setting.total)[:, None]
         keys = np.arange(visible.shape[-1])[None]
         expected = keys <= queries
@@ -295,7 +305,8 @@ def _visible(core: Core, probe: Probe, setting: Setting) -> Array:
     try:
         bias = np.asarray(core.bias(probe, setting))
     except ProbeError as error:
-        raise refuse(core.node, f"its mask cannot be evaluated by itself: {error}") from error
+        reason = refuse(core.node, f"its mask cannot be evaluated by itself: {error}")
+        raise _NotRunnable(str(reason)) from error
     if np.isnan(bias).any():
         raise refuse(core.node, "its mask is NaN at some places")
     bias = np.broadcast_to(bias, np.broadcast_shapes(bias.shape, (setting.sequence, bias.shape[-1])))

@@ -159,4 +159,6 @@ def _bias(softmax: ir.Node, scores: ir.Value, probe: Probe, setting: Setting) ->
     if shape is None:
         raise ProbeError(f"the shape of the scores {scores.name!r} is not known")
     dtype = scores.dtype.numpy() if scores.dtype is not None else np.dtype(np.float32)
+    if softmax.inputs[0] is scores:
+        return np.zeros(shape, dtype)
     return probe.evaluate([softmax.inputs[0]], setting, {scores: np.zeros(shape, dtype)})[0]
