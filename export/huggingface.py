@@ -6,7 +6,8 @@ is traced, and rotary embedding stays in the graph as arithmetic on position_ids
 here.
 
 What a model asks of its masks is found by probing: a first forward pass, in eager mode, hands over the
-function that says which keys a query sees, and that function is evaluated.
+function that says which keys a query sees, and that function is evaluated. The same pass computes each
+attention as it will be described, and must give the logits that the model gives with its own attention.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from relay_attention.export.source import HUGGINGFACE, SourceModel, token_list
 
 IMPLEMENTATION = "relay"
 OPSET = 18
+# norm of the difference of logits relative to theirs: rounding, in different orders
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
 # keyword arguments of attention functions that do not change what is computed
 _NEUTRAL = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout",
@@ -98,9 +101,10 @@ def load_huggingface(
         regime = fix_regime(model, prefix_length, max_context, max_positions)
     except ExportError as error:
         raise ExportError(f"{folder}: {type(model).__name__}: {error}") from error
+    own_logits = _own_logits(model)
     split_experts(model)
     with _registered(max_positions) as trace, torch.no_grad():
-        _probe(model, trace, folder)
+        _probe(model, trace, folder, own_logits)
         graph = _export(model, trace, folder)
     eos = token_list(getattr(model.generation_config, "eos_token_id", None)) or token_list(
         getattr(text_config, "eos_token_id", None)
@@ -216,7 +220,26 @@ def _inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def _probe(model: Any, trace: _Trace, folder: Path) -> None:
+def _probe_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Two rows of eight tokens; tokens differ, or every attention would give the same."""
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(16).reshape(2, 8) * 7 + 3) % vocab_size
+    positions = torch.arange(8).expand(2, 8).contiguous()
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+
+
+def _own_logits(model: Any) -> torch.Tensor | None:
+    """What the model gives with an attention and experts of its own; None if it does not run so."""
+    try:
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            logits: torch.Tensor = model(**_probe_inputs(model), use_cache=False, return_dict=True).logits
+        return logits.float()
+    except Exception:  # the model's own code; _probe says what is wrong
+        return None
+
+
+def _probe(model: Any, trace: _Trace, folder: Path, own_logits: torch.Tensor | None) -> None:
     """One eager pass over two short rows: finds the masks, and refuses what cannot be traced, by name."""
 
     def refusal(detail: str) -> ExportError:
@@ -224,7 +247,7 @@ def _probe(model: Any, trace: _Trace, folder: Path) -> None:
 
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        model(**_inputs(), use_cache=False, return_dict=True)
+        logits = model(**_probe_inputs(model), use_cache=False, return_dict=True).logits.float()
     except ExportError as error:
         raise refusal(str(error)) from error
     except Exception as error:  # the model's own code
@@ -238,6 +261,14 @@ def _probe(model: Any, trace: _Trace, folder: Path) -> None:
             f"it has {layers} layers, but {trace.num_sites} attentions that go through transformers' "
             "attention interface or torch's scaled_dot_product_attention: the others keep a state that the "
             "artifact cannot cache, or attend in code of their own"
+        )
+    if own_logits is None:
+        raise refusal("it does not run with an attention of its own, to compare with")
+    off = float(torch.linalg.norm(logits - own_logits) / torch.linalg.norm(own_logits).clamp(min=1e-30))
+    if off > _PROBE_TOLERANCE[model.dtype]:  # NaN in the weights is for the prefix to find
+        raise refusal(
+            f"its own attention gives other logits (off by {off:.1%}) than scaled dot products with the "
+            "scale, softcap and mask that it names: it does more than that"
         )
 
 
@@ -371,6 +402,8 @@ def _attention(
         _trace.num_sites += 1
         if key.shape[2] != sequence:
             raise ExportError(f"it attends from {sequence} tokens to {key.shape[2]}: not self-attention")
+        output = _reference(query, key, value, attention_mask.local_window_size, scaling, softcap)
+        return output.transpose(1, 2), None
     flat = [
         tensor.transpose(1, 2).reshape(batch, sequence, tensor.shape[1] * head_dim)
         for tensor in (query, key, value)
@@ -391,6 +424,26 @@ def _attention(
         version=1,
     )
     return output.reshape(batch, sequence, num_heads, head_dim), None
+
+
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """What RelayAttention computes, [batch, num_heads, sequence, head_dim], without prefix and cache."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1).float() for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query.float() @ key.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(scores.shape[-1])[:, None] - torch.arange(scores.shape[-1])
+    seen = (distance >= 0) & ((window < 0) | (distance < window))
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).to(query.dtype)
 
 
 def _torch_attention(

@@ -153,6 +153,22 @@ def test_transformers_is_left_as_it_was(llama: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_attention_that_does_more_than_it_says_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as sinks that a model's own attention reads from its module."""
+    modeling = transformers.models.llama.modeling_llama
+    own = modeling.eager_attention_forward
+
+    def more(*arguments: object, **options: object) -> tuple[torch.Tensor, object]:
+        output, weights = own(*arguments, **options)
+        return output * 0.9, weights
+
+    monkeypatch.setattr(modeling, "eager_attention_forward", more)
+    with pytest.raises(ExportError, match="its own attention gives other logits"):
+        load_huggingface(llama, "float32")
+
+
 def test_what_torch_cannot_export_is_said_with_its_root_cause(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
