@@ -84,7 +84,10 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
         )
     _refuse_inputs(model, file)
     _take_branch(model, file)
-    _normalise(model)
+    try:
+        _normalise(model)
+    except Exception as error:  # onnx, onnx-ir and onnxscript raise many kinds
+        raise ExportError(f"{file}: not a valid ONNX graph: {_root_cause(error)}") from error
     _check_interface(model, file)
     layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
     # lengths are known by the nodes that read them, so the probe is made before these go
@@ -328,6 +331,12 @@ def _infer_types(model: ir.Model) -> None:
                 # the condition of a Where, the integers of a DequantizeLinear come first
                 last = node.op_type in ("Where", "DequantizeLinear")
                 output.type = ir.TensorType(operands[min(1, len(operands) - 1) if last else 0].dtype)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _check_interface(model: ir.Model, file: Path) -> None:

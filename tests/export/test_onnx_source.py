@@ -361,6 +361,16 @@ def _keep_the_last(model: onnx.ModelProto) -> None:
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
 
 
+def _lose_an_attribute(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Concat")
+    del node.attribute[:]
+
+
+def _close_a_circle(model: onnx.ModelProto) -> None:
+    first = next(node for node in model.graph.node if node.op_type == "Add")
+    first.input[0] = next(node for node in model.graph.node if "logits" in node.output).input[0]
+
+
 def _age(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 11
 
@@ -388,6 +398,8 @@ def _share_a_cache(model: onnx.ModelProto) -> None:
         (_read_the_mask_elsewhere, r"needs its input 'attention_mask' outside.*Cast node '/cast_mask'"),
         (_keep_the_last, r"logits are \[batch,1,384\].*logits of every token"),
         (_fix_the_batch, r"input_ids is of shape \[1,sequence\]: export the model with a dynamic batch"),
+        (_lose_an_attribute, r"model\.onnx"),
+        (_close_a_circle, r"not a valid ONNX graph"),
         (_age, r"of opset 11; export the model with opset 13 or newer"),
         (_share_a_cache, r"several attentions read the same cache 'past_key_values\.0\.key'"),
     ],
