@@ -28,7 +28,7 @@ _HEADS_FIRST = (0, 2, 1, 3)
 @dataclass(frozen=True)
 class _Rotation:
     """x * cos + rotate_half(x) * sin on the first `size` of the last axis of x [batch, heads, sequence,
-    head_dim]; halved: cos and sin are given for one half of it, as the operator RotaryEmbedding takes them."""
+    head_dim]; halved: cos and sin are given for one half of it, as RotaryEmbedding takes them."""
 
     x: ir.Value
     cos: ir.Value
