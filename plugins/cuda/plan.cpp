@@ -165,9 +165,10 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   plan->launches = static_cast<int>(divide_up(int64_t{p.batch} * p.sequence, plan->tokens_per_launch));
   // A request's own rows fill 16 while decoding; a chunk of a prompt fills more. The wider a prefix tile, the
   // less often shared memory is read for each product; the narrower, the more tiles there are to share out.
+  // Measured on an H100 (docs/performance_gpu.md): 128 rows spill and are slower than 64 everywhere.
   plan->context_rows = int64_t{p.sequence} * group <= 16 ? 16 : 64;
   if (tuning.context_rows > 0) plan->context_rows = tuning.context_rows <= 16 ? 16 : 64;
-  plan->prefix_rows = rows <= 16 ? 16 : (rows < 256 ? 64 : 128);
+  plan->prefix_rows = rows <= 64 ? 16 : 64;
   if (tuning.prefix_rows > 0)
     plan->prefix_rows = tuning.prefix_rows <= 16 ? 16 : (tuning.prefix_rows <= 64 ? 64 : 128);
   if (p.head_dim > kMaxWideHeadDim) plan->prefix_rows = std::min(plan->prefix_rows, 64);
@@ -215,7 +216,7 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
                 p.max_context);
   // The prefix's addresses are known before the lengths are: ask for as much of it as L2 can keep.
   const int64_t prefix_bytes = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
-  const int64_t megabytes = tuning.l2_prefetch_mb == 0 ? 16 : std::max(0, tuning.l2_prefetch_mb);
+  const int64_t megabytes = std::max(0, tuning.l2_prefetch_mb);  // measured: it never helped on an H100
   plan->l2_prefetch_bytes = std::min(prefix_bytes, (megabytes << 20) / 2);
   return Status::kOk;
 }
