@@ -203,6 +203,9 @@ def _build(
     builder = trt.Builder(logger)
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
     config = builder.create_builder_config()
+    if hasattr(trt.TacticSource, "CUDNN"):
+        # a decoder has nothing that cuDNN does better, and TensorRT 8.6 aborts the process where it is not installed
+        config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(trt.TacticSource.CUDNN)))
 
     with _says(progress, "parsing the graph"), _aliasing(options.alias_cache):
         _parse(trt, artifact, network, logger)
