@@ -203,9 +203,9 @@ def _build(
     builder = trt.Builder(logger)
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
     config = builder.create_builder_config()
-    if hasattr(trt.TacticSource, "CUDNN"):
-        # a decoder has nothing that cuDNN does better, and TensorRT 8.6 aborts the process where it is not installed
-        config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(trt.TacticSource.CUDNN)))
+    cudnn = getattr(getattr(trt, "TacticSource", None), "CUDNN", None)
+    if cudnn is not None:  # nothing in a decoder needs it, and 8.6 aborts where it is not installed whole
+        config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(cudnn)))
 
     with _says(progress, "parsing the graph"), _aliasing(options.alias_cache):
         _parse(trt, artifact, network, logger)

@@ -15,7 +15,7 @@ than three windows.
 
 - *right*: greedy tokens over a ragged batch are those of transformers running every request in full, and all
   logits are within the tolerance of `relay-attention verify` ([the rule](export.md#the-rule-of-verify)).
-- CPU is ONNX Runtime on the CPU, which ran. ONNX Runtime on CUDA and TensorRT did not run: there was no GPU.
+- CPU is ONNX Runtime on the CPU, which ran. ONNX Runtime on CUDA and TensorRT did not run here.
   For TensorRT the table says only whether the graph passes the exporter's checks of forms and operators.
 - *not built*: onnxruntime-genai's model builder ({versions[onnxruntime-genai]}) does not make that model, or
   not from what this version of transformers saves.
