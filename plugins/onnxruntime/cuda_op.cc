@@ -1,9 +1,9 @@
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 
+#include "plugins/common/cuda_params.h"
 #include "plugins/cuda/launch.h"
 #include "plugins/onnxruntime/relay_op.h"
 
@@ -56,26 +56,6 @@ void ThrowOnCudaError(cudaError_t error, const char* doing) {
   throw std::runtime_error(std::string("CUDA error while ") + doing + ": " + cudaGetErrorString(error));
 }
 
-cuda::RelayParams ToParams(const Attributes& attributes, const Geometry& geometry, cuda::DataType dtype) {
-  cuda::RelayParams params{};
-  params.batch = static_cast<int32_t>(geometry.batch);
-  params.sequence = static_cast<int32_t>(geometry.sequence);
-  params.num_heads = static_cast<int32_t>(geometry.num_heads);
-  params.kv_num_heads = static_cast<int32_t>(geometry.kv_num_heads);
-  params.head_dim = static_cast<int32_t>(geometry.head_dim);
-  params.max_context = static_cast<int32_t>(geometry.max_context);
-  params.prefix_length = static_cast<int32_t>(geometry.prefix_length);
-  params.rotary_dim = static_cast<int32_t>(geometry.rotary_dim);
-  params.max_positions = static_cast<int32_t>(geometry.max_positions);
-  params.scale = attributes.scale;
-  params.softcap = attributes.softcap;
-  params.local_window_size =
-      static_cast<int32_t>(std::min<int64_t>(attributes.local_window_size, INT32_MAX / 2));
-  params.rotary_interleaved = attributes.rotary_interleaved != 0;
-  params.dtype = dtype;
-  return params;
-}
-
 class CudaKernel : public RelayKernel {
  public:
   CudaKernel(const OrtKernelInfo* info, ONNXTensorElementDataType type)
@@ -94,7 +74,7 @@ class CudaKernel : public RelayKernel {
       geometry.max_positions = 1;
     }
     char reason[512] = "";
-    if (cuda::check(ToParams(attributes(), geometry, dtype_), /*check_pointers=*/false, reason,
+    if (cuda::check(ToCudaParams(attributes(), geometry, dtype_), /*check_pointers=*/false, reason,
                     sizeof(reason)) != cuda::Status::kOk) {
       throw InvalidInput(reason);
     }
@@ -106,7 +86,7 @@ class CudaKernel : public RelayKernel {
  protected:
   void Compute(Ort::KernelContext& context) override {
     const Tensors tensors = BindTensors(context);
-    cuda::RelayParams params = ToParams(attributes(), tensors.geometry, dtype_);
+    cuda::RelayParams params = ToCudaParams(attributes(), tensors.geometry, dtype_);
     params.query = tensors.inputs[kQuery];
     params.key = tensors.inputs[kKey];
     params.value = tensors.inputs[kValue];

@@ -1,5 +1,6 @@
 #include "plugins/tensorrt/layer.h"
 
+#include "plugins/common/cuda_params.h"
 #include "plugins/tensorrt/log.h"
 
 namespace relay::tensorrt {
@@ -43,25 +44,6 @@ cuda::DataType ToKernelType(DataType type) {
 
 bool IsLength(int32_t position) {
   return position == static_cast<int32_t>(kContextLens) || position == static_cast<int32_t>(kQueryLens);
-}
-
-cuda::RelayParams ToParams(const Attributes& attributes, const Geometry& geometry, DataType type) {
-  cuda::RelayParams params{};
-  params.batch = static_cast<int32_t>(geometry.batch);
-  params.sequence = static_cast<int32_t>(geometry.sequence);
-  params.num_heads = static_cast<int32_t>(geometry.num_heads);
-  params.kv_num_heads = static_cast<int32_t>(geometry.kv_num_heads);
-  params.head_dim = static_cast<int32_t>(geometry.head_dim);
-  params.max_context = static_cast<int32_t>(geometry.max_context);
-  params.prefix_length = static_cast<int32_t>(geometry.prefix_length);
-  params.rotary_dim = static_cast<int32_t>(geometry.rotary_dim);
-  params.max_positions = static_cast<int32_t>(geometry.max_positions);
-  params.scale = attributes.scale;
-  params.softcap = attributes.softcap;
-  params.local_window_size = static_cast<int32_t>(attributes.local_window_size);
-  params.rotary_interleaved = static_cast<int32_t>(attributes.rotary_interleaved);
-  params.dtype = ToKernelType(type);
-  return params;
 }
 
 std::string CheckKernels(const cuda::RelayParams& params) {
@@ -124,7 +106,8 @@ bool Layer::OutputShapes(const DimsExprs* inputs, int32_t input_count, DimsExprs
   }
   Geometry geometry;
   std::string error = MakeGeometry(config_.attributes, shapes, &geometry);
-  if (error.empty()) error = CheckKernels(ToParams(config_.attributes, geometry, DataType::kHALF));
+  if (error.empty())
+    error = CheckKernels(ToCudaParams(config_.attributes, geometry, cuda::DataType::kFloat16));
   if (!error.empty()) {
     LogError(config_.layer, error);
     return false;
@@ -145,7 +128,7 @@ std::string Layer::MakeParams(const Dims* const* inputs, int32_t input_count, Da
   }
   Geometry geometry;
   if (std::string error = MakeGeometry(config_.attributes, shapes, &geometry); !error.empty()) return error;
-  *params = ToParams(config_.attributes, geometry, type);
+  *params = ToCudaParams(config_.attributes, geometry, ToKernelType(type));
   return "";
 }
 
