@@ -24,6 +24,7 @@ from gqa_baseline import GqaDecoder, build
 
 from relay_attention.runtime import GenerationEvent, RelayDecoder, SamplingParams
 from relay_attention.runtime.artifact import Artifact
+from relay_attention.runtime.text import SystemPrompt, Tokenizer
 
 
 @dataclass
@@ -43,13 +44,12 @@ class Side:
         return sum(map(len, self.token_ids)) / self.total_seconds
 
 
-def with_relay(path: Path, prompts: list[str], max_new_tokens: int, threads: int) -> tuple[Side, list[str]]:
-    """Decodes through RelayDecoder; also returns the texts."""
-    with RelayDecoder.load(path, max_batch=1) as decoder:
-        longest = max(len(decoder.encode(prompt)) for prompt in prompts)
-    with RelayDecoder.load(
-        path, threads=threads, max_batch=len(prompts), max_context=longest + max_new_tokens
-    ) as decoder:
+def with_relay(
+    path: Path, prompts: list[list[int]], max_new_tokens: int, threads: int
+) -> tuple[Side, list[str]]:
+    """Decodes prompts (token ids that follow the prefix) through RelayDecoder; also returns the texts."""
+    capacity = max(map(len, prompts)) + max_new_tokens
+    with RelayDecoder.load(path, threads=threads, max_batch=len(prompts), max_context=capacity) as decoder:
         first: dict[int, float] = {}
         seen: list[float] = []  # when the first request had its tokens, one a step
 
@@ -75,12 +75,9 @@ def with_relay(path: Path, prompts: list[str], max_new_tokens: int, threads: int
         return side, [result.text for result in results]
 
 
-def without_relay(path: Path, prompts: list[str], max_new_tokens: int, threads: int) -> Side:
-    """Decodes the full prompts with GroupQueryAttention."""
-    artifact = Artifact.open(path)
-    with RelayDecoder.load(path, max_batch=1) as decoder:
-        prefix = list(decoder.system_prompt.token_ids)
-        full = [prefix + decoder.encode(prompt) for prompt in prompts]
+def without_relay(artifact: Artifact, prompts: list[list[int]], max_new_tokens: int, threads: int) -> Side:
+    """Decodes prefix and prompt of each request with GroupQueryAttention."""
+    full = [[*artifact.manifest.prefix.token_ids, *prompt] for prompt in prompts]
     # beside the artifact: the graph refers to its weights by relative name
     with tempfile.NamedTemporaryFile(dir=artifact.path, prefix=".baseline-", suffix=".onnx") as file:
         build(artifact, Path(file.name))
@@ -129,9 +126,11 @@ def main() -> int:
         for line in arguments.requests.read_text(encoding="utf-8").splitlines()
         if line.strip()
     ]
-    prompts = [request["prompt"] for request in requests]
+    artifact = Artifact.open(arguments.artifact)
+    system_prompt = SystemPrompt.open(artifact, Tokenizer.open(artifact.path))
+    prompts = [system_prompt.encode(request["prompt"]) for request in requests]
     relay, texts = with_relay(arguments.artifact, prompts, arguments.max_new_tokens, arguments.threads)
-    plain = without_relay(arguments.artifact, prompts, arguments.max_new_tokens, arguments.threads)
+    plain = without_relay(artifact, prompts, arguments.max_new_tokens, arguments.threads)
 
     for request, text in list(zip(requests, texts, strict=True))[: arguments.show]:
         print(f"{request['prompt']:56} -> {text.strip():8} {_judge(request, text)}")
@@ -141,7 +140,7 @@ def main() -> int:
     accuracy = judged.count("right") / len(judged) if judged else None
     if accuracy is not None:
         print(f"accuracy: {judged.count('right')} of {len(judged)}")
-    prefix_length = Artifact.open(arguments.artifact).manifest.prefix.length
+    prefix_length = artifact.manifest.prefix.length
     agreement = print_table(relay, plain, prefix_length)
     if arguments.json:
         numbers = {"accuracy": accuracy, "agreement": agreement, "prefix_length": prefix_length}
