@@ -53,20 +53,7 @@ class CpuKernel : public RelayKernel {
     cpu::RelayParams params;
     params.attributes = attributes();
     params.geometry = tensors.geometry;
-    params.query = tensors.inputs[kQuery];
-    params.key = tensors.inputs[kKey];
-    params.value = tensors.inputs[kValue];
-    params.past_key = tensors.inputs[kPastKey];
-    params.past_value = tensors.inputs[kPastValue];
-    params.context_lens = static_cast<const int32_t*>(tensors.inputs[kContextLens]);
-    params.query_lens = static_cast<const int32_t*>(tensors.inputs[kQueryLens]);
-    params.prefix_key = tensors.inputs[kPrefixKey];
-    params.prefix_value = tensors.inputs[kPrefixValue];
-    params.cos_cache = tensors.inputs[kCosCache];
-    params.sin_cache = tensors.inputs[kSinCache];
-    params.output = tensors.outputs[kOutput];
-    params.present_key = tensors.outputs[kPresentKey];
-    params.present_value = tensors.outputs[kPresentValue];
+    SetTensors(tensors, &params);
 
     const std::string problem = CheckLengths(params.geometry, params.context_lens, params.query_lens);
     if (!problem.empty()) throw InvalidInput(problem);

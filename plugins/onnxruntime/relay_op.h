@@ -32,6 +32,25 @@ struct Tensors {
   void* outputs[kOutputCount] = {};
 };
 
+// The tensors as a kernel's parameters: cpu::RelayParams or cuda::RelayParams, which name them alike.
+template <typename Params>
+void SetTensors(const Tensors& tensors, Params* params) {
+  params->query = tensors.inputs[kQuery];
+  params->key = tensors.inputs[kKey];
+  params->value = tensors.inputs[kValue];
+  params->past_key = tensors.inputs[kPastKey];
+  params->past_value = tensors.inputs[kPastValue];
+  params->context_lens = static_cast<const int32_t*>(tensors.inputs[kContextLens]);
+  params->query_lens = static_cast<const int32_t*>(tensors.inputs[kQueryLens]);
+  params->prefix_key = tensors.inputs[kPrefixKey];
+  params->prefix_value = tensors.inputs[kPrefixValue];
+  params->cos_cache = tensors.inputs[kCosCache];
+  params->sin_cache = tensors.inputs[kSinCache];
+  params->output = tensors.outputs[kOutput];
+  params->present_key = tensors.outputs[kPresentKey];
+  params->present_value = tensors.outputs[kPresentValue];
+}
+
 class RelayKernel {
  public:
   // Reads and checks what is known when the session is made. Throws InvalidInput.
