@@ -23,6 +23,7 @@ from relay_attention.export.passes.replace_attention import is_relay_attention
 from relay_attention.export.passes.tensorrt import tensorrt_passes
 from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
+from relay_attention.export.progress import stage
 from relay_attention.export.source import GENAI, ONNX, SourceModel, detect, files_beside
 from relay_attention.runtime.artifact import (
     MODEL_NAME,
@@ -72,7 +73,7 @@ def export_model(
     all_logits: logits of every token ([batch, sequence, vocab]) instead of the last of each row ([batch,
     vocab]).
     template: "chat", "plain", or None for "chat" where the tokenizer has a chat template.
-    threads: of ONNX Runtime while the prefix is computed. progress: show bars on stderr.
+    threads: of ONNX Runtime while the prefix is computed. progress: show steps and bars on stderr.
     Returns: the folder, absolute.
     Raises: ExportError; `output` is then as it was.
     """
@@ -87,16 +88,17 @@ def export_model(
     with replace_folder(output) as folder:
         tokenizer = _copy_tokenizer(files_beside(source), folder)
         prompt = tokenize(tokenizer, system_prompt, template)
-        loaded = _load(source, kind, precision, len(prompt.token_ids), max_context)
+        loaded = _load(source, kind, precision, len(prompt.token_ids), max_context, progress)
         max_context = choose_max_context(len(prompt.token_ids), loaded.max_positions, max_context)
-        rewrite(
-            loaded.model,
-            prefix_mode=prefix,
-            all_logits=all_logits,
-            max_positions=loaded.max_positions,
-        )
-        if target == "tensorrt":
-            run(loaded.model, tensorrt_passes())
+        with stage("rewrite", progress):
+            rewrite(
+                loaded.model,
+                prefix_mode=prefix,
+                all_logits=all_logits,
+                max_positions=loaded.max_positions,
+            )
+            if target == "tensorrt":
+                run(loaded.model, tensorrt_passes())
         geometry = _geometry(loaded)
         dtype = _dtype(loaded.model)
         _write_model(loaded.model, folder, progress)
@@ -129,12 +131,18 @@ def export_model(
 
 
 def _load(
-    folder: Path, kind: str, precision: str | None, prefix_length: int, max_context: int | None
+    folder: Path,
+    kind: str,
+    precision: str | None,
+    prefix_length: int,
+    max_context: int | None,
+    progress: bool,
 ) -> SourceModel:
     if kind == GENAI:
         from relay_attention.export.genai import load_genai
 
-        loaded = load_genai(folder, prefix_length, max_context)
+        with stage("read", progress):
+            loaded = load_genai(folder, prefix_length, max_context)
         if precision is not None:
             _check_precision(loaded, folder, precision)
         return loaded
@@ -146,7 +154,8 @@ def _load(
                 f"{folder} is an ONNX decoder; exporting it needs onnxscript "
                 f"(pip install 'relay-attention[export]'): {error}"
             ) from error
-        return load_onnx(folder, precision)
+        with stage("read", progress):
+            return load_onnx(folder, precision)
     try:
         from relay_attention.export.huggingface import load_huggingface
     except ImportError as error:
@@ -154,7 +163,7 @@ def _load(
             f"{folder} is a Hugging Face model; exporting it needs torch, transformers and onnxscript "
             f"(pip install 'relay-attention[export]'): {error}"
         ) from error
-    return load_huggingface(folder, PRECISIONS[precision or "fp32"], prefix_length, max_context)
+    return load_huggingface(folder, PRECISIONS[precision or "fp32"], prefix_length, max_context, progress)
 
 
 def _source(loaded: SourceModel) -> dict[str, str]:

@@ -30,6 +30,7 @@ import transformers
 from relay_attention.errors import ExportError
 from relay_attention.export.experts import split_experts
 from relay_attention.export.passes import FoldWeightTransposes, run
+from relay_attention.export.progress import stage
 from relay_attention.export.rotary_regime import fix_regime
 from relay_attention.export.source import HUGGINGFACE, SourceModel, token_list
 
@@ -83,29 +84,37 @@ _trace: _Trace | None = None
 
 
 def load_huggingface(
-    folder: Path, dtype: str, prefix_length: int = 0, max_context: int | None = None
+    folder: Path,
+    dtype: str,
+    prefix_length: int = 0,
+    max_context: int | None = None,
+    progress: bool = False,
 ) -> SourceModel:
     """Loads a folder's causal language model and traces it; the graph's weights are the model's own tensors.
 
     dtype: "float32" or "float16", to which the weights are converted.
     prefix_length: tokens of the system prompt. max_context: as the user gave it. Both matter only to rotary
         embedding that depends on how long a request is.
+    progress: show each step on stderr.
     Raises: ExportError for a model that is not a decoder, needs code of its own, lacks weights, or whose
         attention does not go through transformers' attention interface.
     """
     config = _read_config(folder)
     text_config = config.get_text_config(decoder=True)
     max_positions = _max_positions(config, text_config, folder)
-    model = _load(folder, config, getattr(torch, dtype))
+    model = _load(folder, config, getattr(torch, dtype), progress)
     try:
         regime = fix_regime(model, prefix_length, max_context, max_positions)
     except ExportError as error:
         raise ExportError(f"{folder}: {type(model).__name__}: {error}") from error
-    own_logits = _own_logits(model)
-    split_experts(model)
+    with stage("run", progress):
+        own_logits = _own_logits(model)
+        split_experts(model)
     with _registered(max_positions) as trace, torch.no_grad():
-        _probe(model, trace, folder, own_logits)
-        graph = _export(model, trace, folder)
+        with stage("run with attention as described", progress):
+            _probe(model, trace, folder, own_logits)
+        with stage("trace", progress):
+            graph = _export(model, trace, folder)
     eos = token_list(getattr(model.generation_config, "eos_token_id", None)) or token_list(
         getattr(text_config, "eos_token_id", None)
     )
@@ -164,9 +173,9 @@ def _refusal(folder: Path, model_class: type, config: Any, detail: str) -> str:
     return ": ".join([f"{folder}: {model_class.__name__}", *reasons[:1], detail])
 
 
-def _load(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+def _load(folder: Path, config: Any, dtype: torch.dtype, progress: bool) -> Any:
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
+    if not (progress and sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from relay_attention.errors import ArtifactError, BackendError, ExportError, PromptError
 from relay_attention.export.folder import replace_folder
+from relay_attention.export.progress import stage
 from relay_attention.plugins import library_path
 from relay_attention.runtime.artifact import (
     MANIFEST_NAME,
@@ -192,10 +193,11 @@ def bake_prefix(
     set_prefix(model, manifest.io.prefix_key, manifest.io.prefix_value, manifest.geometry, None)
     scratch = folder / _SCRATCH_MODEL
     onnx.save(model, scratch)
-    session = open_session(scratch, threads)
-    scratch.unlink()
-    if check is not None:
-        check(session)
+    with stage("check", progress):
+        session = open_session(scratch, threads)
+        scratch.unlink()
+        if check is not None:
+            check(session)
     file = compute_prefix(session, folder, manifest, progress=progress)
     del session
     if info.mode == "static":
