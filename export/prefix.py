@@ -35,11 +35,11 @@ from relay_attention.runtime.artifact import (
     PrefixInfo,
 )
 from relay_attention.runtime.engine import FOLDER as ENGINE_FOLDER
+from relay_attention.runtime.onnxruntime_backend import keep_mapped
 from relay_attention.runtime.text import SystemPrompt, Tokenizer
 
 CHUNK = 512
 DEFAULT_MAX_CONTEXT = 4096
-_COPYING_OPTIMIZERS = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 _SCRATCH_MODEL = "empty_prefix.onnx"
 
 
@@ -310,21 +310,17 @@ def bind_empty_prefix(binding: onnxruntime.IOBinding, manifest: Manifest) -> Non
 def open_session(model: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
     """A CPU session with the RelayAttention library that holds no copy of the weights.
 
-    They are mapped. ONNX Runtime would pack them for its matrix products, and compute float16 in float32 with
-    weights that are converted once and kept; here they are converted when they are used.
+    They are mapped, as `keep_mapped` says.
     Raises: BackendError if it cannot be made.
     """
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    # the default order runs every Cast of a weight before the first product, and holds them all
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    disabled = keep_mapped(options)
     try:
         return onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_COPYING_OPTIMIZERS
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime raises many kinds
         raise BackendError(f"{model}: ONNX Runtime cannot load the graph: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -79,12 +80,17 @@ class ReadsTop(Protocol):
 def load_backend(name: str, artifact: Artifact, **options: Any) -> Backend:
     """Loads an artifact into the engine of that name; `options` are the engine's own (threads, ...).
 
-    Raises: BackendError if there is no such backend, its packages are missing, or it refuses the model.
+    Raises: BackendError if there is no such backend or option, its packages are missing, or it refuses the
+        model.
     """
     if name not in _BACKENDS:
         raise BackendError(f"there is no backend {name!r}; there is {', '.join(_BACKENDS)}")
     module, class_name = _BACKENDS[name]
     backend: Callable[..., Backend] = getattr(import_module(module), class_name)
+    known = list(inspect.signature(backend).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise BackendError(f"backend {name!r} has no option {option!r}; it has {', '.join(known)}")
     return backend(artifact, **options)
 
 

@@ -61,6 +61,11 @@ def add_commands(subparsers: Any) -> None:
         "--max-batch", type=int, default=32, metavar="N", help="requests at a time (%(default)s)"
     )
     generate.add_argument("--max-context", type=int, metavar="N", help="tokens of a request (the artifact's)")
+    generate.add_argument(
+        "--mapped-weights",
+        action="store_true",
+        help="on the CPU: take weights from their file, uncopied; less memory, slower",
+    )
     for name, (kind, text) in _SAMPLING.items():
         generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     generate.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
@@ -151,6 +156,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     numbered = _read_prompts(arguments.prompts, SamplingParams.from_mapping(given))
     options = {name: getattr(arguments, name) for name in ("backend", "threads", "max_batch", "max_context")}
+    if arguments.mapped_weights:
+        options["mapped_weights"] = True
     with RelayDecoder.load(arguments.artifact, **options) as decoder:
         errors, encoded = [], []
         for entry in numbered:

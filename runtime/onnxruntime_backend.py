@@ -17,7 +17,7 @@ import numpy.typing as npt
 from relay_attention.errors import BackendError
 from relay_attention.plugins import library_path
 from relay_attention.runtime import backend
-from relay_attention.runtime.artifact import MODEL_NAME, Artifact, PrefixFile
+from relay_attention.runtime.artifact import MODEL_NAME, WEIGHTS_NAME, Artifact, PrefixFile
 from relay_attention.runtime.backend import Int32
 
 try:
@@ -262,17 +262,46 @@ class OnnxRuntimeBackend(OnnxRuntimeBase):
     The caches are zeroed pages that take memory as they are used; an input prefix is mapped from its file.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None):
-        """threads: intra-op threads, None for one per physical core (ONNX Runtime's own choice)."""
-        super().__init__(artifact, open_session(artifact, threads, ["CPUExecutionProvider"]), HostMemory())
+    def __init__(self, artifact: Artifact, threads: int | None = None, mapped_weights: bool = False):
+        """threads: intra-op threads, None for one per physical core (ONNX Runtime's own choice).
+
+        mapped_weights: use the weights where they are mapped from their file, without the packed or (float16)
+            float32 copies that are faster. A step takes longer, float16 several times as long.
+        Raises: BackendError also if memory does not suffice for these copies.
+        """
+        if not mapped_weights:
+            _check_copies(artifact)
+        session = open_session(artifact, threads, ["CPUExecutionProvider"], mapped=mapped_weights)
+        super().__init__(artifact, session, HostMemory())
+
+
+def _check_copies(artifact: Artifact) -> None:
+    """Refuses weights whose copies would exhaust memory, before the system ends the process."""
+    weights = artifact.manifest.files.get(WEIGHTS_NAME)
+    available = backend.available_memory()
+    if weights is None or available is None:
+        return
+    needed = weights.bytes * (2 if artifact.manifest.dtype == "float16" else 1)
+    if needed > available:
+        form = "in float32, as a CPU computes float16" if artifact.manifest.dtype == "float16" else "packed"
+        raise BackendError(
+            f"{artifact.path}: ONNX Runtime would hold {needed / 2**30:.1f} GiB of weights {form}, "
+            f"{available / 2**30:.1f} GiB are available: load it with mapped_weights=True "
+            "(`generate --mapped-weights`), which is slower, or export the model with int4 weights"
+        )
 
 
 def open_session(
-    artifact: Artifact, threads: int | None, providers: Sequence[Any], config: Mapping[str, str] | None = None
+    artifact: Artifact,
+    threads: int | None,
+    providers: Sequence[Any],
+    config: Mapping[str, str] | None = None,
+    mapped: bool = False,
 ) -> Any:
     """The artifact's model with the op library in an InferenceSession.
 
     threads: intra-op threads, None for ONNX Runtime's own choice. config: session configuration entries.
+    mapped: hold no copy of the weights, see `keep_mapped`.
     Raises: BackendError if ONNX Runtime refuses the library or the model.
     """
     if threads is not None and threads < 1:
@@ -282,6 +311,7 @@ def open_session(
     options.log_severity_level = 3
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
+    disabled = keep_mapped(options) if mapped else []
     library, model = library_path(), artifact.file(MODEL_NAME)
     try:
         options.register_custom_ops_library(str(library))
@@ -289,9 +319,25 @@ def open_session(
         raise BackendError(f"{library}: ONNX Runtime cannot load the op library: {error}") from error
     try:
         # without its fallback, which would print what is wrong and go on with the CPU
-        return onnxruntime.InferenceSession(str(model), options, list(providers), enable_fallback=0)
+        return onnxruntime.InferenceSession(
+            str(model), options, list(providers), enable_fallback=0, disabled_optimizers=disabled
+        )
     except Exception as error:
         raise BackendError(f"{model}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}") from error
+
+
+def keep_mapped(options: Any) -> list[str]:
+    """Sets session options so that weights on the CPU stay mapped from their file, none of them copied.
+
+    ONNX Runtime would pack them for its matrix products, and compute float16 in float32 with weights that are
+    converted once and kept; so each is converted when it is used.
+    Returns: the optimizers that the session must do without.
+    """
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # the default order runs every Cast of a weight before the first product, and holds them all
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    return ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 
 
 def described(memory: Memory, array: Any) -> tuple[str, int, type, tuple[int, ...], int]:

@@ -1,5 +1,6 @@
 """The tiny decoder in ONNX Runtime with the op library, against itself in float64 over the whole prompt."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from relay_attention.errors import ArtifactError, BackendError, RelayError
 from relay_attention.runtime import Artifact, RelayDecoder, SamplingParams
 from relay_attention.runtime import backend as backend_module
+from relay_attention.runtime.artifact import FileEntry
 from relay_attention.runtime.backend import load_backend
 
 
@@ -206,6 +208,29 @@ def test_too_large_for_memory(load, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(BackendError, match=r"need \d+\.\d\d GiB.*at most max_batch \d+ fits"):
         load(max_batch=10**8)
+
+
+def test_weights_too_large_for_copies(load, artifact, monkeypatch):
+    """float16 is held in float32 on a CPU; mapped, the same tokens come from less memory."""
+    weights = FileEntry(10**6, "0" * 64)
+    files = artifact.manifest.files | {"weights.bin": weights}
+    for dtype, gib in (("float32", 10**6), ("float16", 2 * 10**6)):
+        manifest = dataclasses.replace(artifact.manifest, dtype=dtype, files=files)
+        monkeypatch.setattr(backend_module, "available_memory", lambda need=gib: need - 1)
+        with pytest.raises(BackendError, match=r"GiB of weights .*mapped_weights=True \(`generate --mapped"):
+            load_backend("onnxruntime", dataclasses.replace(artifact, manifest=manifest))
+    monkeypatch.undo()
+    greedy = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    answers = []
+    for mapped in (False, True):
+        with load(mapped_weights=mapped) as decoder:
+            answers.append([result.token_ids for result in decoder.generate([[5, 6, 7], [9]], greedy)])
+    assert answers[0] == answers[1]
+
+
+def test_an_option_that_the_engine_has_not(load):
+    with pytest.raises(BackendError, match="has no option 'mapped'; it has threads, mapped_weights"):
+        load(mapped=True)
 
 
 def test_available_memory():
