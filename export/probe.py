@@ -60,6 +60,7 @@ _BROADCAST = {
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod",
     "Mul", "Or", "Pow", "Sub", "Where", "Xor",
 }  # fmt: skip
+_REDUCTIONS = {f"Reduce{kind}" for kind in ("L1", "L2", "Max", "Mean", "Min", "Sum", "SumSquare")}
 
 
 class Probe:
@@ -346,6 +347,18 @@ class Probe:
             else:
                 sizes[axis] //= len(node.outputs)
             return tuple(sizes)
+        if op in _REDUCTIONS:
+            data = of(0)
+            axes = ints(1) if len(node.inputs) > 1 and node.inputs[1] is not None else None
+            if axes is None and "axes" in node.attributes:
+                axes = list(node.attributes["axes"].as_ints())
+            if not axes:
+                noop = node.attributes.get("noop_with_empty_axes")
+                axes = [] if noop and noop.as_int() else list(range(len(data)))
+            reduced = {axis % len(data) for axis in axes}
+            if "keepdims" in node.attributes and not node.attributes["keepdims"].as_int():
+                return tuple(size for axis, size in enumerate(data) if axis not in reduced)
+            return tuple(1 if axis in reduced else size for axis, size in enumerate(data))
         if op == "Gemm":
             trans = {
                 name: name in node.attributes and node.attributes[name].as_int()

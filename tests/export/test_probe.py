@@ -98,6 +98,23 @@ def test_a_factor_that_grows_past_some_length_is_no_number() -> None:
     assert Probe(model, longest=60).scalar(_value(model, "factor")) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ("ReduceMean <axes = [-1], keepdims = 1> (wide)", (2, 3, 1)),
+        ("ReduceMax <axes = [1], keepdims = 0> (wide)", (2, 16)),
+        ("ReduceSum (wide, one)", (2, 1, 16)),
+        ("ReduceSum <keepdims = 0> (wide)", ()),
+        ("ReduceSum <noop_with_empty_axes = 1> (wide)", (2, 3, 16)),
+    ],
+)
+def test_shapes_of_sums(node: str, expected: tuple[int, ...]) -> None:
+    """As normalisation of heads is written out by exporters that note no shapes."""
+    text = CACHED.replace("logits = MatMul", f"reduced = {node}\n logits = MatMul").replace("18]", "17]")
+    model = _model(text, **TENSORS | {"one": np.array([1])})
+    assert Probe(model).shape(_value(model, "reduced"), Setting(2, 3, 5)) == expected
+
+
 def test_static_caches_have_room_to_spare(tiny: ModuleType) -> None:
     model = ir.from_proto(d.decoder(d.scattered, opset=24, prepare=d.lengths))
     probe = Probe(model, ["write_indices"], ["nonpad_kv_seqlen"], longest=4096)

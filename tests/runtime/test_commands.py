@@ -92,10 +92,8 @@ def test_generate_lines_and_objects(artifact, tmp_path):
     ]
     prompts.write_text("hello\n\n" + "\n".join(map(json.dumps, objects)) + "\r\né 中\n", encoding="utf-8")
     out = tmp_path / "out.jsonl"
-    done = run(
-        "generate", artifact.path, "--prompts", prompts, "-o", out, "--max-new-tokens", 6, "--max-batch", 2,
-        "--mapped-weights",
-    )
+    numbers = ("--max-new-tokens", 6, "--max-batch", 2, "--mapped-weights")
+    done = run("generate", artifact.path, "--prompts", prompts, "-o", out, *numbers)
     assert done.stdout == ""
     results = lines(out.read_text(encoding="utf-8"))
     with RelayDecoder.load(artifact.path, max_batch=2) as decoder:
