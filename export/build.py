@@ -47,6 +47,9 @@ class BuildOptions:
     workspace: bytes that TensorRT may use for scratch, None for its own choice.
     refit: a static prefix can be replaced by one of the same length without a build.
     alias_cache: tell TensorRT 10.3+ that present is past (off: it may keep a second copy of the cache).
+    optimization_level: effort of TensorRT's builder, 0 (seconds) to 5 (slow); None for its own default.
+    timing_cache: file of timings to reuse and add to; one serves all models on a machine. None: one beside
+        the plan.
     force: build, even where a plan can be refitted.
     """
 
@@ -57,6 +60,7 @@ class BuildOptions:
     max_context: int | None = None
     max_prefix: int | None = None
     workspace: int | None = None
+    optimization_level: int | None = None
     timing_cache: Path | None = None
     refit: bool = True
     alias_cache: bool = False
@@ -112,6 +116,8 @@ def _check(artifact: Artifact, options: BuildOptions) -> None:
             raise ExportError(f"{name.replace('_', '-')} is {getattr(options, name)}, at least 1 is needed")
     if not 1 <= (options.opt_batch or 1) <= options.max_batch:
         raise ExportError(f"opt-batch {options.opt_batch} is not between 1 and max-batch {options.max_batch}")
+    if (options.optimization_level or 0) < 0:
+        raise ExportError(f"optimization-level {options.optimization_level}: it is 0 to 5")
     context, prefix = _max_context(manifest, options), _max_prefix(manifest, options)
     if context < 1 or prefix + context > manifest.geometry.max_positions:
         raise ExportError(
@@ -203,9 +209,9 @@ def _build(
     builder = trt.Builder(logger)
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
     config = builder.create_builder_config()
-    cudnn = getattr(getattr(trt, "TacticSource", None), "CUDNN", None)
-    if cudnn is not None:  # nothing in a decoder needs it, and 8.6 aborts where it is not installed whole
-        config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(cudnn)))
+    _without_other_libraries(trt, config)
+    if options.optimization_level is not None:
+        _set_optimization_level(trt, config, options.optimization_level)
 
     with _says(progress, "parsing the graph"), _aliasing(options.alias_cache):
         _parse(trt, artifact, network, logger)
@@ -234,6 +240,21 @@ def _build(
     part.write_bytes(memoryview(config.get_timing_cache().serialize()))
     part.replace(timing_cache)
     return memoryview(plan)
+
+
+def _without_other_libraries(trt: Any, config: Any) -> None:
+    """No cuDNN and cuBLAS: TensorRT 8.6 and later use them for plugins' handles only, which this one leaves
+    alone; 8.6 ends the process where cuDNN is not installed whole."""
+    sources = getattr(trt, "TacticSource", None)
+    for name in ("CUDNN", "CUBLAS", "CUBLAS_LT"):
+        if (source := getattr(sources, name, None)) is not None:
+            config.set_tactic_sources(config.get_tactic_sources() & ~(1 << int(source)))
+
+
+def _set_optimization_level(trt: Any, config: Any, level: int) -> None:
+    if not hasattr(config, "builder_optimization_level"):
+        raise ExportError(f"--optimization-level needs TensorRT 8.6 or later, this is {trt.__version__}")
+    config.builder_optimization_level = level
 
 
 def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:

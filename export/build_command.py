@@ -23,13 +23,17 @@ def add_build_command(subparsers: Any) -> None:
         ("--max-context", None, "tokens of one request beside the system prompt (the artifact's)"),
         ("--max-prefix", None, "tokens of a system prompt that is an input (the artifact's)"),
         ("--workspace", None, "MiB of scratch that TensorRT may use (its own choice)"),
+        ("--optimization-level", None, "effort of TensorRT's builder, 0 (quick plan) to 5 (its own choice)"),
         ("--device", 0, "index of the GPU"),
     )
     for name, default, text in sizes:
         shown = text if default is None else f"{text} (%(default)s)"
         build.add_argument(name, type=int, default=default, metavar="N", help=shown)
     build.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="timings to reuse (OUT/engine/timing-*.cache)"
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="timings to reuse, of any model (OUT/engine/timing-*.cache)",
     )
     build.add_argument(
         "--no-refit",
@@ -58,6 +62,7 @@ def _build(arguments: argparse.Namespace) -> int:
         max_context=arguments.max_context,
         max_prefix=arguments.max_prefix,
         workspace=None if arguments.workspace is None else arguments.workspace << 20,
+        optimization_level=arguments.optimization_level,
         timing_cache=arguments.timing_cache,
         refit=arguments.refit,
         alias_cache=arguments.alias_cache,

@@ -8,6 +8,7 @@ padded with idle rows to a bucket size and replayed as one CUDA graph; everythin
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -46,18 +47,19 @@ _RESERVE = 256 << 20  # bytes of device memory left to TensorRT's and CUDA's own
 
 
 class Logger(tensorrt.ILogger):
-    """Collects TensorRT's errors, so that an exception can say what a None result does not."""
+    """Collects TensorRT's errors, so that an exception can say what a None result does not; verbose: prints
+    everything, with the seconds since it was made, which show what a build spends its time on."""
 
     def __init__(self, verbose: bool = False):
         tensorrt.ILogger.__init__(self)
-        self.verbose = verbose
+        self.verbose, self.start = verbose, time.monotonic()
         self.errors: list[str] = []
 
     def log(self, severity: Any, message: str) -> None:
         if severity in (tensorrt.ILogger.Severity.INTERNAL_ERROR, tensorrt.ILogger.Severity.ERROR):
             self.errors.append(message)
         if self.verbose:
-            print(f"TensorRT: {message}", flush=True)
+            print(f"TensorRT {time.monotonic() - self.start:8.3f} s: {message}", flush=True)
 
     def take(self) -> str:
         """The errors since the last call, in one line."""

@@ -1,38 +1,53 @@
 #!/usr/bin/env python3
-"""Runs the TensorRT engine on a GPU and prints a table of what held and what did not.
+"""Runs TensorRT on a GPU: prints what held and what did not, each as it is known, and a table at the end.
 
-Two parts, as the GPU machine has two Pythons: `make` runs where torch and transformers are and writes
-artifacts; `check` runs where tensorrt, cuda-bindings and onnxruntime are. scripts/test_tensorrt.sh calls
-both.
+`make` runs where torch and transformers are and writes artifacts. `check` runs where tensorrt, cuda-bindings
+and onnxruntime are; every step is a process of its own, as TensorRT can end its process, so that a step that
+fails stops only what needs its result. What needs no quiet GPU runs first, side by side.
+scripts/test_tensorrt.sh calls both.
 
-usage: check_tensorrt.py make WORK [--demo HF_FOLDER SYSTEM_PROMPT] [--large]
-       check_tensorrt.py check WORK [--large]
+usage: check_tensorrt.py make WORK
+       check_tensorrt.py check WORK [--seconds N] [--peer COMMAND] [--level N]
+       check_tensorrt.py step NAME WORK [--level N]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import large_model
 import numpy as np
 
-ROWS: list[tuple[str, str, str]] = []
+ROOT = Path(__file__).parents[1]
 PROMPTS = [[5, 6, 7], [9], list(range(20, 60)), [1, 2], [40] * 17, [8, 3, 8, 3]] * 4
+TIE = 3e-2  # of the largest logit: what float16 engines may differ by, as in export/verification.py
+START = time.monotonic()
+OK, FAIL, NOTE = "ok  ", "FAIL", "      . "
+DEFAULT_LEVEL = 3  # TensorRT's own
 
 
-def make(work: Path, demo: list[str] | None, large: bool) -> None:
-    """Artifacts small/, other/ (another prompt of the same length), input/, and demo/ and large/ if asked
-    for."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests/export"))
+# ---- artifacts ----
+
+
+def make(work: Path) -> None:
+    """Artifacts small/, other/ (another prompt of the same length), short/, long/, input/, and demo/, with
+    requests.jsonl and the expected answers."""
+    sys.path.insert(0, str(ROOT / "tests/export"))
     import tiny_models
     import transformers
 
@@ -43,40 +58,75 @@ def make(work: Path, demo: list[str] | None, large: bool) -> None:
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.1,
     }  # fmt: skip
-    small = tiny_models.make_model(work / "hf_small", transformers.LlamaConfig(**shape))
-    common: dict[str, Any] = {"precision": "fp16", "target": "tensorrt"}
+    source = tiny_models.make_model(work / "hf_small", transformers.LlamaConfig(**shape))
+    common: dict[str, Any] = {"precision": "fp16", "target": "tensorrt", "max_context": 128}
     text = "The quick brown fox jumps over the lazy dog. " * 3
-    export_model(small, text + "ab", work / "small", max_context=128, **common)
-    export_model(small, text + "ba", work / "other", max_context=128, **common)
-    export_model(small, text + "ab", work / "input", max_context=128, prefix="input", **common)
-    export_model(small, "ab", work / "short", max_context=128, **common)
-    if demo:
-        prompt = Path(demo[1]).read_text("utf-8")
-        export_model(demo[0], prompt, work / "demo", **common)
-    if large:  # the geometry of Llama 3.2 1B, random
-        shape |= {
-            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads":
-            32, "num_key_value_heads": 8, "max_position_embeddings": 4096, "initializer_range": 0.02,
-        }  # fmt: skip
-        source = tiny_models.make_model(work / "hf_large", transformers.LlamaConfig(**shape))
-        export_model(source, "x1" * 1023, work / "large", max_context=512, template="plain", **common)
-        shutil.rmtree(source)
+    export_model(source, text + "ab", work / "small", **common)
+    export_model(source, text + "ba", work / "other", **common)
+    export_model(source, "ab", work / "short", **common)
+    export_model(source, text * 2, work / "long", **common)
+    export_model(source, text + "ab", work / "input", prefix="input", **common)
+    shutil.rmtree(source)
+    example = ROOT / "examples/directory"
+    directory = [sys.executable, str(example / "make_directory.py"), "--seed", "7", "--requests", "64"]
+    subprocess.run([*directory, "-o", str(work)], check=True)
+    prompt = (work / "system_prompt.txt").read_text("utf-8")
+    export_model(example / "model", prompt, work / "demo", precision="fp16", target="tensorrt")
+
+
+# ---- steps: each in a process of its own ----
 
 
 def row(name: str) -> Callable[[Callable[[], str]], None]:
-    """Runs a check at once and keeps its row; a check that raises is a row FAIL with the reason."""
+    """Runs a check at once and prints its row; a check that raises is a row FAIL with the reason."""
 
     def run(check: Callable[[], str]) -> None:
         start = time.monotonic()
         try:
-            result, detail = "ok", check()
+            result, detail = OK, check()
         except Exception as error:
-            result, detail = "FAIL", f"{type(error).__name__}: {error}".replace("\n", " ")[:600]
+            result, detail = FAIL, f"{type(error).__name__}: {error}".replace("\n", " ")[:600]
             traceback.print_exc()
-        ROWS.append((name, result, f"{detail} [{time.monotonic() - start:.1f} s]"))
-        print(f"{result:4}  {name}: {ROWS[-1][2]}", flush=True)
+        print(f"{result}  {name}: {detail} [{time.monotonic() - start:.1f} s]", flush=True)
 
     return run
+
+
+def build(work: Path, name: str, level: int | None, **options: Any) -> str:
+    """Builds work/name; says what the builder spent its time on, by its own log."""
+    from relay_attention.export.build import BuildOptions, build_engine
+
+    sizes = {"max_batch": 16, "prefill_batch": 4, "chunk": 32}
+    if name == "large":
+        sizes = {"max_batch": max(large_model.BATCHES), "prefill_batch": 4, "chunk": large_model.CONTEXT}
+    chosen = BuildOptions(**(sizes | {"optimization_level": level, "verbose": True} | options))
+    log = work / f"build-{name}-{level}.log"
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+        path = build_engine(work / name, chosen)
+    seconds = time.monotonic() - start
+    for line in slowest(log.read_text("utf-8")):
+        print(f"{NOTE}{name}: {line}", flush=True)
+    shown = "its own level" if level is None else f"level {level}"
+    return f"{seconds:.1f} s at {shown}, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def slowest(log: str, count: int = 6) -> list[str]:
+    """Where the time between the log's lines went, summed over lines that begin alike."""
+    found = re.findall(r"^TensorRT +([\d.]+) s: (.*)$", log, re.MULTILINE)
+    spent: dict[str, list[float]] = {}
+    for (before, _), (after, message) in pairwise(found):
+        kind = re.sub(r"[\d.]+", "#", re.sub(r"[\"'({\[].*", "", message)).strip()[:60]
+        spent.setdefault(kind, []).append(float(after) - float(before))
+    ordered = sorted(spent.items(), key=lambda item: -sum(item[1]))[:count]
+    return [f"{sum(times):6.1f} s in {len(times)} x until {kind!r}" for kind, times in ordered]
+
+
+def load(folder: Path, **options: Any) -> Any:
+    from relay_attention.runtime.artifact import Artifact
+    from relay_attention.runtime.backend import load_backend
+
+    return load_backend("tensorrt", Artifact.open(folder), **options)
 
 
 def tokens(folder: Path, backend: str, **options: Any) -> list[tuple[int, ...]]:
@@ -87,6 +137,45 @@ def tokens(folder: Path, backend: str, **options: Any) -> list[tuple[int, ...]]:
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     with RelayDecoder.load(folder, backend=backend, max_batch=8, max_context=96, **options) as decoder:
         return [tuple(result.token_ids) for result in decoder.generate(PROMPTS, params)]
+
+
+def same(folder: Path, **options: Any) -> str:
+    """The same tokens as ONNX Runtime; where they part, that one must have held both for as good as equal."""
+    found, expected = tokens(folder, "tensorrt", **options), tokens(folder, "onnxruntime")
+    ties = 0
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        parted = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+        if parted is None:
+            continue
+        logits = reference_logits(folder, [[*PROMPTS[index], *ours[:parted]]])[0]
+        gap, allowed = logits.max() - logits[ours[parted]], TIE * max(1.0, np.abs(logits).max())
+        assert gap <= allowed, f"request {index}, token {parted}: {ours[parted]} is {gap:.3f} below the best"
+        ties += 1
+    return f"{len(found)} requests, {sum(map(len, found))} tokens, {ties} parted at a tie"
+
+
+def reference_logits(folder: Path, prompts: list[list[int]], backend: Any = None) -> np.ndarray:
+    """Logits after each prompt, of ONNX Runtime on the CPU, or of the backend that is given."""
+    from relay_attention.runtime.artifact import Artifact
+    from relay_attention.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    backend = backend or OnnxRuntimeBackend(Artifact.open(folder))
+    backend.allocate(len(prompts), 96)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    ids = np.zeros((len(prompts), lengths.max()), np.int32)
+    for index, prompt in enumerate(prompts):
+        ids[index, : len(prompt)] = prompt
+    backend.step(0, ids, np.zeros(len(prompts), np.int32), lengths)
+    logits: np.ndarray = backend.read_logits().copy()
+    backend.close()
+    return logits
+
+
+def close_to(found: np.ndarray, expected: np.ndarray) -> str:
+    assert np.isfinite(found).all(), "not finite"
+    difference, allowed = np.abs(found - expected).max(), TIE * max(1.0, np.abs(expected).max())
+    assert difference <= allowed, f"logits differ by {difference:.3f}, {allowed:.3f} are allowed"
+    return f"logits within {difference:.1e} of {np.abs(expected).max():.1f}"
 
 
 def refused(action: Callable[[], Any], *expected: str) -> str:
@@ -101,102 +190,232 @@ def refused(action: Callable[[], Any], *expected: str) -> str:
     raise AssertionError("was not refused")
 
 
-def check(work: Path, large: bool) -> None:
-    """Everything, in one process, but for what has to be a new one."""
-    import tensorrt
+def step_build(work: Path, name: str, level: int | None) -> None:
+    refit = {"refit": False} if name == "large" else {}
+    row(f"{name}: build")(lambda: build(work, name, level, **refit))
 
-    from relay_attention.export.build import BuildOptions, build_engine
-    from relay_attention.export.compare import compare
-    from relay_attention.runtime.artifact import Artifact
-    from relay_attention.runtime.engine import EngineInfo, write_engine
-    from relay_attention.runtime.tensorrt_backend import TensorRTBackend, this_box
 
-    options = BuildOptions(max_batch=16, prefill_batch=4, chunk=32)
-    box = this_box(0)
-    print(f"TensorRT {box.tensorrt}, {box.gpu}, compute capability {box.compute_capability}", flush=True)
+def step_agree(work: Path, name: str) -> None:
+    """By layer and by token, with and without graphs."""
+    folder = work / name
+    row(f"{name}: the scheduler's greedy tokens, CUDA graphs, slots reused")(lambda: same(folder))
 
-    def load(folder: Path) -> TensorRTBackend:
-        return TensorRTBackend(Artifact.open(folder))
-
-    def same(folder: Path, backend_options: dict[str, Any]) -> str:
-        found, expected = tokens(folder, "tensorrt", **backend_options), tokens(folder, "onnxruntime")
-        wrong = [index for index, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
-        assert not wrong, f"requests {wrong} differ from ONNX Runtime's"
-        return f"{len(found)} requests, {sum(map(len, found))} tokens"
-
-    small = work / "small"
-    for name in ("small", "input", *(["demo"] if (work / "demo").is_dir() else [])):
-        folder = work / name
-
-        @row(f"{name}: build")
-        def _() -> str:
-            path = build_engine(folder, options, progress=True)  # noqa: B023
-            return f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"
-
-        @row(f"{name}: verify against ONNX Runtime, by layer")
-        def _() -> str:
-            report = compare(folder, "tensorrt")  # noqa: B023
-            assert report.ok, report.table()
-            worst = max(layer.max_abs_diff for layer in report.layers)
-            return (
-                f"logits within {max(r.max_abs_diff for r in report.requests):.2e}, caches within {worst:.2e}"
-            )
-
-        row(f"{name}: same greedy tokens, CUDA graphs")(lambda: same(folder, {}))  # noqa: B023
-        row(f"{name}: same greedy tokens, no graphs")(lambda: same(folder, {"cuda_graph": False}))  # noqa: B023
-
-    @row("small: loaded in a new process")
+    @row(f"{name}: verify against ONNX Runtime, by layer")
     def _() -> str:
-        command = [sys.executable, __file__, "decode", str(small)]
+        from relay_attention.export.compare import compare
+
+        report = compare(folder, "tensorrt")
+        assert report.ok, report.table()
+        worst = max(layer.max_abs_diff for layer in report.layers)
+        return f"logits within {max(r.max_abs_diff for r in report.requests):.1e}, caches {worst:.1e}"
+
+    row(f"{name}: the same without graphs")(lambda: same(folder, cuda_graph=False))
+
+    @row(f"{name}: loaded in a new process")
+    def _() -> str:
+        command = [sys.executable, __file__, "step", "decode", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert [tuple(ids) for ids in json.loads(done.stdout.splitlines()[-1])] == tokens(small, "tensorrt")
+        assert [tuple(ids) for ids in json.loads(done.stdout.splitlines()[-1])] == tokens(folder, "tensorrt")
         return "same tokens"
 
-    @row("small: another prompt of the same length, refitted")
-    def _() -> str:
-        folder = work / "refitted"
-        shutil.copytree(work / "other", folder)
-        shutil.copytree(small / "engine", folder / "engine")
-        start = time.monotonic()
-        build_engine(folder, options)
-        seconds = time.monotonic() - start
-        return f"{seconds:.2f} s; {same(folder, {})}"
 
-    @row("input: another prefix bound")
+def step_demo(work: Path) -> None:
+    """Accuracy of the demo model; its requests have answers."""
+    requests = [json.loads(line) for line in (work / "requests.jsonl").read_text().splitlines()]
+
+    @row("demo: accuracy and tokens")
+    def _() -> str:
+        from relay_attention.runtime.decoder import RelayDecoder
+
+        answers = {}
+        for backend in ("tensorrt", "onnxruntime"):
+            with RelayDecoder.load(work / "demo", backend=backend, max_batch=16) as decoder:
+                results = decoder.generate([request["prompt"] for request in requests])
+                answers[backend] = [result.text.strip() for result in results]
+        pairs = zip(answers["tensorrt"], requests, strict=True)
+        right = sum(answer == request["expected"] for answer, request in pairs)
+        equal = sum(a == b for a, b in zip(*answers.values(), strict=True))
+        assert right >= 0.95 * len(requests), f"only {right} of {len(requests)} right"
+        return f"{right} of {len(requests)} right, {equal} the same as ONNX Runtime's"
+
+
+def step_large(work: Path, level: int | None) -> None:
+    """Logits against ONNX Runtime on CUDA, and times beside its times, of the same run and method."""
+    folder, peer = work / "large", work / "peer.npz"
+    from relay_attention.runtime.artifact import Artifact
+
+    vocab = Artifact.open(folder).manifest.geometry.vocab_size
+    backend = load(folder)
+    backend.allocate(max(large_model.BATCHES), 2 * large_model.CONTEXT)
+    theirs = np.load(peer) if peer.is_file() else None
+    their_times = json.loads(str(theirs["times"])) if theirs is not None else {}
+    for batch in large_model.BATCHES:
+
+        @row(f"large: logits at batch {batch} against ONNX Runtime CUDA")
+        def _() -> str:
+            found = large_model.decode(backend, batch, vocab)  # noqa: B023
+            assert theirs is not None, "peer.npz is not there"
+            expected = theirs[f"logits{batch}"]  # noqa: B023
+            agree = (found.argmax(-1) == expected.argmax(-1)).mean()
+            mean = np.abs(found - expected).mean()
+            return f"{close_to(found, expected)}, mean {mean:.1e}, best token the same in {agree:.1%}"
+
+    for graph in (True, False):
+        backend._use_graphs = graph  # loading 2 GB again would take longer than all else
+        for batch in large_model.BATCHES:
+
+            @row(f"large: decode at batch {batch}, {'CUDA graph' if graph else 'no graph'}, level {level}")
+            def _() -> str:
+                ours, other = large_model.decode_times(backend, batch), their_times.get(str(batch))  # noqa: B023
+                text = f"step {ours['step']:.3f} ms, token {ours['token']:.3f} ms"
+                if other is None:
+                    return text
+                ratio = {kind: other[kind] / ours[kind] for kind in ours}
+                return (
+                    f"{text}; ONNX Runtime CUDA {other['step']:.3f}, {other['token']:.3f}: "
+                    f"{ratio['step']:.2f}x, {ratio['token']:.2f}x as fast"
+                )
+
+    backend.close()
+
+
+def step_refit(work: Path, level: int | None) -> None:
+    """Another prompt of the same length: refitted while loading, by `build`, and while running."""
+    from relay_attention.runtime.artifact import Artifact
+
+    folder = work / "refitted"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / "other", folder)
+    shutil.copytree(work / "small/engine", folder / "engine")
+    expected = reference_logits(folder, PROMPTS[:6])
+    unlike = reference_logits(work / "small", PROMPTS[:6])
+    difference, allowed = np.abs(expected - unlike).max(), TIE * np.abs(expected).max()
+    assert difference > allowed, "the two prompts make no difference"
+
+    @row("refit: by loading the artifact")
+    def _() -> str:
+        start = time.monotonic()
+        backend = load(folder)
+        seconds = time.monotonic() - start
+        return (
+            f"loaded in {seconds:.2f} s; {close_to(reference_logits(folder, PROMPTS[:6], backend), expected)}"
+        )
+
+    @row("refit: set_prefix while running")
+    def _() -> str:
+        backend = load(work / "small")
+        start = time.monotonic()
+        backend.set_prefix(Artifact.open(folder).prefix)
+        seconds = time.monotonic() - start
+        text = close_to(reference_logits(folder, PROMPTS[:6], backend), expected)
+        return f"{seconds:.3f} s; {text}"
+
+    @row("refit: by `build`, once and for all")
+    def _() -> str:
+        from relay_attention.export.build import BuildOptions, build_engine
+
+        start = time.monotonic()
+        options = BuildOptions(max_batch=16, prefill_batch=4, chunk=32, optimization_level=level)
+        plan = build_engine(folder, options)
+        seconds = time.monotonic() - start
+        described = json.loads(plan.with_suffix(".json").read_text())
+        assert described["prefix_tokens"] == Artifact.open(folder).manifest.prefix.token_sha256
+        assert seconds < 60, f"{seconds:.1f} s are a build's, not a refit's"
+        return f"{seconds:.2f} s; {same(folder)}"
+
+
+def step_bind(work: Path) -> None:
+    """`--prefix input`: other prefixes bound, shorter ones too, a longer one refused."""
+    from relay_attention.runtime.artifact import Artifact
+
+    row("input: the scheduler's greedy tokens, CUDA graphs, slots reused")(lambda: same(work / "input"))
+    for name in ("other", "short"):
+
+        @row(f"input: the prefix of {name} bound")
+        def _() -> str:
+            folder = work / name  # noqa: B023
+            expected, backend = reference_logits(folder, PROMPTS[:6]), load(work / "input")
+            start = time.monotonic()
+            backend.set_prefix(Artifact.open(folder).prefix)
+            seconds = time.monotonic() - start
+            text = close_to(reference_logits(folder, PROMPTS[:6], backend), expected)
+            return f"{1e3 * seconds:.1f} ms; {text}"
+
+    @row("refused: prefix longer than built for, bound")
     def _() -> str:
         backend = load(work / "input")
-        backend.set_prefix(Artifact.open(work / "other").prefix)
-        backend.allocate(2, 96)
-        ids = np.array([[5, 6, 7, 8]] * 2, np.int32)
-        backend.step(0, ids, np.zeros(2, np.int32), np.full(2, 4, np.int32))
-        found = backend.read_logits().copy()
-        backend.close()
-        from relay_attention.runtime.onnxruntime_backend import OnnxRuntimeBackend
+        try:
+            longer = Artifact.open(work / "long").prefix
+            return refused(lambda: backend.set_prefix(longer), "the engine takes 1 to", "--max-prefix")
+        finally:
+            backend.close()
 
-        expected = OnnxRuntimeBackend(Artifact.open(work / "other"))
-        expected.allocate(2, 96)
-        expected.step(0, ids, np.zeros(2, np.int32), np.full(2, 4, np.int32))
-        difference = float(np.abs(found - expected.read_logits()).max())
-        assert difference < 0.05, f"logits differ by {difference}"
-        return f"logits within {difference:.2e}"
 
+def step_refused(work: Path) -> None:
+    """Plans that do not fit, and requests beyond the plan."""
+    from relay_attention.runtime.artifact import Artifact
+    from relay_attention.runtime.engine import EngineInfo, write_engine
+    from relay_attention.runtime.tensorrt_backend import this_box
+
+    small, box = work / "small", this_box(0)
     plan = next(small.glob("engine/*.plan"))
     described = plan.with_suffix(".json")
     content, text = plan.read_bytes(), described.read_text()
     info = EngineInfo.read(described)
-    bad = {
+    version = text.replace(f'"{box.tensorrt}"', '"8.5.3.1"')
+    bad: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         "truncated plan": (lambda: plan.write_bytes(content[:-100]), ("truncated",)),
         "damaged plan": (lambda: plan.write_bytes(content[:-1] + bytes([content[-1] ^ 1])), ("damaged",)),
-        "plan that TensorRT refuses": (lambda: _replace(plan, b"no plan" * 9, info), ("refuses the plan",)),
+        "plan that TensorRT itself refuses": (
+            lambda: _replace(plan, b"no plan" * 9, info), ("refuses the plan",),
+        ),
         "plan of another GPU": (
             lambda: described.write_text(text.replace(box.gpu, "NVIDIA A100")),
             ("does not fit", "NVIDIA A100"),
         ),
-        "plan of another TensorRT": (
-            lambda: described.write_text(text.replace(f'"{box.tensorrt}"', '"8.5.3.1"')),
-            ("does not fit", "8.5.3.1"),
+        "plan of another TensorRT": (lambda: described.write_text(version), ("does not fit", "8.5.3.1")),
+        # its fifth byte begins the version's tag; the last, as a reader may go astray here
+        "plan with another version in TensorRT's own header": (
+            lambda: _replace(plan, content[:4] + bytes([content[4] ^ 1]) + content[5:], info),
+            ("refuses the plan",),
         ),
-    }
+    }  # fmt: skip
+
+    @row("refused: batch beyond the profile")
+    def _() -> str:
+        backend = load(small)
+        try:
+            return refused(lambda: backend.allocate(17, 96), "beyond the engine's 16")
+        finally:
+            backend.close()
+
+    @row("refused: prefix of another length, refitted")
+    def _() -> str:
+        backend = load(small)
+        try:
+            return refused(
+                lambda: backend.set_prefix(Artifact.open(work / "short").prefix), "part of its plan"
+            )
+        finally:
+            backend.close()
+
+    @row("refused: plan built for a prefix of another length")
+    def _() -> str:
+        folder = work / "misfit"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(work / "short", folder)
+        shutil.rmtree(folder / "engine", ignore_errors=True)
+        shutil.copytree(small / "engine", folder / "engine")
+        return refused(lambda: load(folder), "built for a prefix of")
+
+    @row("refused: plugin library missing")
+    def _() -> str:
+        command = [sys.executable, __file__, "step", "decode", str(small)]
+        environment = os.environ | {"RELAY_ATTENTION_TENSORRT_LIBRARY": "/nowhere.so"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert "'/nowhere.so', but there is no such file" in done.stderr, done.stderr[-400:]
+        return done.stderr.strip().splitlines()[-1][:160]
+
     for name, (damage, expected) in bad.items():
 
         @row(f"refused: {name}")
@@ -208,35 +427,27 @@ def check(work: Path, large: bool) -> None:
                 write_engine(plan, content, info)
                 described.write_text(text)
 
-    @row("refused: batch beyond the profile")
-    def _() -> str:
-        backend = load(small)
-        try:
-            return refused(lambda: backend.allocate(17, 96), "beyond the engine's 16")
-        finally:
-            backend.close()
 
-    @row("refused: prefix of another length")
-    def _() -> str:
-        folder = work / "short"
-        shutil.copytree(small / "engine", folder / "engine", dirs_exist_ok=True)
-        return refused(lambda: load(folder), "built for a prefix of")
+def step_no_cudnn(work: Path, level: int | None) -> None:
+    """Built and decoded where cuDNN and cuBLAS cannot be found: are they needed?"""
 
-    @row("refused: plugin library missing")
+    @row("short: built and decoded without cuDNN and cuBLAS")
     def _() -> str:
-        code = (
-            "import os; os.environ['RELAY_ATTENTION_TENSORRT_LIBRARY'] = '/nowhere.so'\n"
-            "from relay_attention.runtime.decoder import RelayDecoder\n"
-            f"RelayDecoder.load({str(small)!r}, backend='tensorrt')"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert "'/nowhere.so', but there is no such file" in done.stderr, done.stderr[-400:]
-        return done.stderr.strip().splitlines()[-1][:160]
+        text = build(work, "short", level)
+        mapped = Path("/proc/self/maps").read_text()
+        loaded = {part for part in ("libcudnn", "libcublas") if part in mapped}
+        return f"{text}; {same(work / 'short')}; loaded: {sorted(loaded) or 'neither'}"
 
-    if large:
-        check_large(
-            work / "large", BuildOptions(max_batch=64, prefill_batch=4, chunk=128), tensorrt.__version__
-        )
+
+def step_levels(work: Path) -> None:
+    """What a build costs by level, without a timing cache and with one that has seen the same layers."""
+    for level in (2, 0, 3, 1):
+        cache = work / f"levels-{level}.cache"
+        for state in ("cold", "warm"):
+
+            @row(f"small: build, level {level}, timing cache {state}")
+            def _() -> str:
+                return build(work, "small", level, timing_cache=cache, force=True)  # noqa: B023
 
 
 def _replace(plan: Path, content: bytes, info: Any) -> None:
@@ -249,72 +460,177 @@ def _replace(plan: Path, content: bytes, info: Any) -> None:
     write_engine(plan, content, replace(info, plan=entry))
 
 
-def check_large(folder: Path, options: Any, version: str) -> None:
-    """Build, agreement and time of a decode step, with and without CUDA graphs."""
-    from relay_attention.export.build import build_engine
-    from relay_attention.export.compare import compare
-    from relay_attention.runtime.artifact import Artifact
-    from relay_attention.runtime.tensorrt_backend import TensorRTBackend
+def run_step(name: str, work: Path, level: int | None) -> None:
+    kind, _, argument = name.partition(":")
+    steps: dict[str, Callable[[], None]] = {
+        "build": lambda: step_build(work, argument, level),
+        "agree": lambda: step_agree(work, argument),
+        "demo": lambda: step_demo(work),
+        "large": lambda: step_large(work, level),
+        "refit": lambda: step_refit(work, level),
+        "bind": lambda: step_bind(work),
+        "refused": lambda: step_refused(work),
+        "no_cudnn": lambda: step_no_cudnn(work, level),
+        "levels": lambda: step_levels(work),
+        "decode": lambda: print(json.dumps(tokens(work, "tensorrt"))),
+    }
+    steps[kind]()
 
-    @row("large: build")
-    def _() -> str:
-        path = build_engine(folder, options, progress=True)
-        return f"{path.name}, {path.stat().st_size / 1e9:.2f} GB"
 
-    @row("large: verify against ONNX Runtime on the CPU")
-    def _() -> str:
-        report = compare(folder, "tensorrt", requests=4, new_tokens=4)
-        assert report.ok, report.table()
-        return f"logits within {max(request.max_abs_diff for request in report.requests):.2e}"
+# ---- the whole check ----
 
-    context = 128
-    for graph in (True, False):
-        try:
-            backend = TensorRTBackend(Artifact.open(folder), cuda_graph=graph)
-            backend.allocate(64, 512)
-        except Exception as error:
-            ROWS.append((f"large: decode, graph {graph}", "FAIL", str(error)[:600]))
-            continue
-        for batch in (1, 8, 32, 64):
 
-            @row(f"large: decode step, batch {batch}, {'graph' if graph else 'no graph'}")
-            def _() -> str:
-                ids = np.ones((batch, 1), np.int32)  # noqa: B023
-                lens = [np.full(batch, size, np.int32) for size in (context, 1)]  # noqa: B023
-                for _ in range(5):
-                    backend.step(0, ids, *lens)  # noqa: B023
-                times = []
-                for _ in range(30):
-                    start = time.perf_counter()
-                    backend.step(0, ids, *lens)  # noqa: B023
-                    times.append(time.perf_counter() - start)
-                assert np.isfinite(backend.read_logits()).all()  # noqa: B023
-                median, least = 1e3 * np.median(times), 1e3 * min(times)
-                return f"{median:.3f} ms median, {least:.3f} ms least, TensorRT {version}"
+@dataclass
+class Step:
+    """One process. needs: seconds that must be left for it to be worth a start; limit: that it may take.
+    after: steps without which it makes no sense."""
 
-        backend.close()
+    name: str
+    command: list[str]
+    needs: float
+    limit: float
+    after: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
+    state: str = "not run"
+
+    def run(self, deadline: float, log: Path) -> None:
+        """Prints its rows as they come; one that gives none, or dies, has the row FAIL."""
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_MODULE_LOADING": "LAZY"} | self.environment
+        seconds = min(self.limit, deadline - time.monotonic())
+        process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            errors="replace",
+        )  # fmt: skip
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        last: list[str] = []
+        assert process.stdout is not None
+        with log.open("w", encoding="utf-8") as stream:
+            for line in process.stdout:
+                stream.write(line)
+                last = [*last[-7:], line.strip()] if line.strip() else last
+                if line.startswith((OK, FAIL)):
+                    self.rows.append(line.rstrip())
+                if line.startswith((OK, FAIL, NOTE)):
+                    say(line.rstrip())
+        code = process.wait()
+        timer.cancel()
+        if code and timer.finished.is_set() and code == -9:
+            self.add(f"{FAIL}  {self.name}: stopped after {seconds:.0f} s: {' | '.join(last[-2:])[:300]}")
+        elif code or not self.rows:
+            summary = last[-1] if last else "printed nothing"
+            if not code and "pytest" in self.command and " passed" in summary:
+                self.add(f"{OK}  {self.name}: {summary.strip('= ')}")
+            else:
+                self.add(f"{FAIL}  {self.name}: ended with {code}: {' | '.join(last[-4:])[:900]}")
+        self.state = "FAIL" if any(line.startswith(FAIL) for line in self.rows) else "ok"
+
+    def add(self, line: str) -> None:
+        self.rows.append(line)
+        say(line)
+
+
+def say(line: str) -> None:
+    print(f"{time.monotonic() - START:6.1f} s  {line}", flush=True)
+
+
+def plan_steps(work: Path, peer: str | None, level: int) -> tuple[list[Step], list[Step]]:
+    """What may run side by side, and what runs after it, one by one, the most telling first."""
+
+    def own(name: str, needs: float, limit: float, *after: str, at: int = level, **variables: str) -> Step:
+        command = [sys.executable, __file__, "step", name, str(work), "--level", str(at)]
+        return Step(titled(name, at), command, needs, limit, after, variables)
+
+    def titled(name: str, at: int) -> str:
+        return name if at == level else f"{name} at level {at}"
+
+    def tests(name: str, python: list[str], file: str, *options: str) -> Step:
+        command = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rf", "--tb=short", *options]
+        return Step(name, [*command, str(ROOT / "tests/tensorrt" / file)], 20, 150)
+
+    first = [own("build:small", 60, 240), own("build:input", 60, 240), own("build:demo", 60, 240)]
+    first.append(tests("names", [sys.executable], "test_real_tensorrt.py"))
+    then = [own("agree:small", 10, 90, "build:small")]
+    if peer:
+        first.append(tests("adapters", [peer], "test_adapter_gpu.py", "-m", "gpu"))
+    large = (work / "large").is_dir()
+    if peer and large:
+        script = [peer, str(ROOT / "scripts/large_model.py")]
+        first.append(Step("fill", [*script, "fill", str(work / "large")], 20, 120))
+        timing = [*script, "time", "onnxruntime-cuda", str(work / "large"), str(work / "peer.npz")]
+        then.append(Step("peer", timing, 30, 100, ("fill",)))
+        then += [own("build:large", 60, 240, "fill"), own("large", 30, 90, "build:large")]
+    found = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    others = [part for part in found if "cudnn" not in part and "cublas" not in part]
+    then += [
+        own("refit", 10, 60, "build:small"),
+        own("bind", 10, 60, "build:input"),
+        own("refused", 15, 60, "build:small"),
+        own("demo", 15, 60, "build:demo"),
+        own("no_cudnn", 20, 120, LD_LIBRARY_PATH=":".join(others)),
+    ]
+    if peer and large and level < DEFAULT_LEVEL:
+        slow = titled("build:large", DEFAULT_LEVEL)
+        then.append(own("build:large", 100, 300, "build:large", at=DEFAULT_LEVEL))
+        then.append(own("large", 25, 90, slow, at=DEFAULT_LEVEL))
+    return first, [*then, own("levels", 40, 300, "build:small")]
+
+
+def check(work: Path, seconds: float, peer: str | None, level: int) -> int:
+    deadline = START + seconds
+    logs = work / "logs"
+    logs.mkdir(exist_ok=True)
+    first, then = plan_steps(work, peer, level)
+    steps = {step.name: step for step in (*first, *then)}
+
+    def run(step: Step) -> None:
+        step.run(deadline, logs / f"{step.name.replace(':', '-').replace(' ', '-')}.log")
+
+    threads = [threading.Thread(target=run, args=(step,)) for step in first]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for step in then:
+        failed = [name for name in step.after if steps[name].state != "ok"]
+        if failed:
+            step.state = f"not run, needs {', '.join(failed)}"
+        elif deadline - time.monotonic() < step.needs:
+            step.state = "not run, time was up"
+        else:
+            run(step)
+    rows = [line for step in steps.values() for line in step.rows]
+    missing = [f"{step.state}: {step.name}" for step in steps.values() if step.state.startswith("not run")]
+    passed = sum(line.startswith(OK) for line in rows)
+    print("\n" + "\n".join(rows + missing))
+    print(f"\n{passed} of {len(rows)} ok, {len(missing)} steps not run, {time.monotonic() - START:.0f} s")
+    return 0 if passed == len(rows) and not missing else 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("step", choices=("make", "check", "decode"))
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--demo", nargs=2, metavar=("HF_FOLDER", "SYSTEM_PROMPT"))
-    parser.add_argument("--large", action="store_true")
+    actions = parser.add_subparsers(dest="action", required=True)
+    making = actions.add_parser("make")
+    making.add_argument("work", type=Path)
+    checking = actions.add_parser("check")
+    checking.add_argument("work", type=Path)
+    checking.add_argument("--seconds", type=float, default=420, help="no step is begun or goes on after it")
+    checking.add_argument("--peer", help="command: a Python with onnxruntime-gpu, torch and pytest")
+    checking.add_argument("--level", type=int, default=1, help="optimization level of the first builds")
+    one = actions.add_parser("step")
+    one.add_argument("name")
+    one.add_argument("work", type=Path)
+    one.add_argument("--level", type=int)
     arguments = parser.parse_args()
-    if arguments.step == "make":
+    if arguments.action == "make":
         arguments.work.mkdir(parents=True, exist_ok=True)
-        make(arguments.work, arguments.demo, arguments.large)
-        return 0
-    if arguments.step == "decode":
-        print(json.dumps(tokens(arguments.work, "tensorrt")))
-        return 0
-    check(arguments.work, arguments.large)
-    width = max(len(name) for name, _, _ in ROWS)
-    print("\n" + "\n".join(f"{name:<{width}}  {result:<4}  {detail}" for name, result, detail in ROWS))
-    failed = sum(result != "ok" for _, result, _ in ROWS)
-    print(f"\n{len(ROWS) - failed} of {len(ROWS)} ok")
-    return 1 if failed else 0
+        make(arguments.work)
+    elif arguments.action == "step":
+        run_step(arguments.name, arguments.work, arguments.level)
+    else:
+        return check(arguments.work, arguments.seconds, arguments.peer, arguments.level)
+    return 0
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
             try:
                 return Engine(gpu, json.loads(plan))
-            except ValueError:
+            except (ValueError, KeyError):
                 self.logger.log(Severity.ERROR, "magic tag does not match")
                 return None
 
@@ -431,6 +431,15 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             self.profiles: list[Any] = []
             self.features: set[str] = set()
             self.limits: dict[str, int] = {}
+            self.builder_optimization_level = 3
+            self.tactic_sources = 0b11 if major >= 11 else 0b11111
+
+        def get_tactic_sources(self) -> int:
+            return self.tactic_sources
+
+        def set_tactic_sources(self, sources: int) -> bool:
+            self.tactic_sources = sources
+            return True
 
         def set_flag(self, flag: Any) -> None:
             self.flags.add(flag.name)
@@ -511,6 +520,10 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
     module.PreviewFeature = Enum(
         "PreviewFeature", ["ALIASED_PLUGIN_IO_10_03"] if major >= 10 else ["PROFILE_SHARING_0806"]
     )
+    sources = ["CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"][
+        3 if major >= 11 else 0 :
+    ]
+    module.TacticSource = IntNames({name: index for index, name in enumerate(sources)})
     module.TensorFormat = SimpleNamespace(LINEAR=0)
     module.DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF")
     return module

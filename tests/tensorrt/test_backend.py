@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -387,6 +388,7 @@ def test_refuses_artifacts_that_are_not_for_tensorrt(gpu: Gpu, tmp_path: Path) -
     ("options", "reason"),
     [
         ({"max_batch": 0}, "max-batch is 0"),
+        ({"optimization_level": -1}, "optimization-level -1: it is 0 to 5"),
         ({"opt_batch": 13}, "opt-batch 13 is not between 1 and max-batch 12"),
         ({"max_context": 4000}, "exceed the model's 512 positions"),
         ({"alias_cache": True}, "needs TensorRT 10.3 or later, this is 8.6.0"),
@@ -409,6 +411,9 @@ def test_what_tensorrt_is_asked_to_build(gpu: Gpu, artifact: Path) -> None:
     )
     assert len(network.refittable) == (4 if typed else 0)
     assert config.limits == {"WORKSPACE": 1 << 30}
+    sources = 0b11 if gpu.version == "11.1.0" else 0b11000
+    assert config.tactic_sources == sources, "cuDNN or cuBLAS is asked for"
+    assert config.builder_optimization_level == 3, "not TensorRT's own"
     assert config.profiles[0]["input_ids"] == [[1, 1], [6, 1], [12, 1]]
     assert config.profiles[1]["input_ids"] == [[1, 1], [1, 16], [3, 16]]
     capacity = cache_capacity(Artifact.open(artifact).manifest, 64)
@@ -440,6 +445,21 @@ def test_alias_is_declared_only_if_asked(
     assert gpu.config.features == ({"ALIASED_PLUGIN_IO_10_03"} if wanted else set())  # type: ignore[attr-defined]
     assert gpu.alias == ("1" if wanted else "0")
     assert os.environ["RELAY_TENSORRT_ALIAS_CACHE"] == "left over"
+
+
+def test_optimization_level(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(artifact, optimization_level=0)
+    assert gpu.config.builder_optimization_level == 0  # type: ignore[attr-defined]
+    create = sys.modules["tensorrt"].Builder.create_builder_config
+
+    def of_8_5(builder: Any) -> Any:
+        config = create(builder)
+        del config.builder_optimization_level
+        return config
+
+    monkeypatch.setattr(sys.modules["tensorrt"].Builder, "create_builder_config", of_8_5)
+    with pytest.raises(ExportError, match=r"--optimization-level needs TensorRT 8.6 or later"):
+        build(artifact, optimization_level=1, force=True)
 
 
 def test_timing_cache_is_reused(gpu: Gpu, artifact: Path) -> None:

@@ -27,7 +27,8 @@ NAMES = {
     "Runtime": "deserialize_cuda_engine",
     "Refitter": "get_missing_weights refit_cuda_engine set_named_weights",
     "Builder": "build_serialized_network create_builder_config create_network create_optimization_profile",
-    "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache set_flag "
+    "IBuilderConfig": "add_optimization_profile builder_optimization_level create_timing_cache "
+    "get_tactic_sources get_timing_cache set_flag set_tactic_sources "
     "set_memory_pool_limit "
     "set_preview_feature set_timing_cache",
     "INetworkDefinition": "get_input get_layer get_output num_inputs num_layers num_outputs",
