@@ -94,6 +94,13 @@ def load_backend(name: str, artifact: Artifact, **options: Any) -> Backend:
     return backend(artifact, **options)
 
 
+def batch_bucket(rows: int, max_batch: int) -> int:
+    """Rows that a decode step is padded to where each size is captured: 1, 2, 4, 8, then multiples of 8, at
+    most max_batch."""
+    size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+    return min(size, max_batch)
+
+
 def available_memory() -> int | None:
     """Bytes of main memory still to be had, by the machine and by the control group; None if unknown."""
     limits = []

@@ -8,7 +8,7 @@ the cache is copied. Where the arrays lie is known to a `Memory` alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,14 +45,22 @@ class Memory(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """A new array of zeros, its address a multiple of ALIGNMENT."""
 
-    def view(self, array: Any, shape: tuple[int, ...]) -> Any:
-        """The beginning of a flat array, in another shape."""
+    def view(
+        self, array: Any, shape: tuple[int, ...], dtype: npt.DTypeLike | None = None, offset: int = 0
+    ) -> Any:
+        """Part of a flat array from a byte on, in another shape and dtype (None: its own)."""
 
     def address(self, array: Any) -> int:
         """Of the first element."""
 
     def put(self, array: Array) -> Any:
         """An array of this memory with the same content; the same array where it lies here already."""
+
+    def stage(self, arrays: Sequence[Array]) -> list[Any]:
+        """A step's small inputs in this memory, valid until the next call.
+
+        Their addresses follow from their sizes: the same sizes lie at the same place every time.
+        """
 
     def get(self, array: Any) -> Array:
         """A NumPy array with the same content; the same array where it is one."""
@@ -62,6 +70,9 @@ class Memory(Protocol):
 
     def move(self, caches: Sequence[Any], source: int, target: int, length: int) -> None:
         """cache[target, :, :length] = cache[source, :, :length] for each of the caches."""
+
+    def run(self, session: Any, binding: Any, options: Any) -> None:
+        """Runs a session with an IOBinding of arrays of this memory, after what was asked for before."""
 
     def close(self) -> None:
         """Frees what this object itself holds, not its arrays."""
@@ -82,14 +93,22 @@ class HostMemory:
         start = -raw.ctypes.data % ALIGNMENT
         return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
 
-    def view(self, array: Array, shape: tuple[int, ...]) -> Array:
-        return array[: math.prod(shape)].reshape(shape)
+    def view(
+        self, array: Array, shape: tuple[int, ...], dtype: npt.DTypeLike | None = None, offset: int = 0
+    ) -> Array:
+        dtype = array.dtype if dtype is None else np.dtype(dtype)
+        part = array.view(np.uint8)[offset : offset + math.prod(shape) * dtype.itemsize]
+        return part.view(dtype).reshape(shape)
 
     def address(self, array: Array) -> int:
         return array.ctypes.data
 
     def put(self, array: Array) -> Array:
         return array
+
+    def stage(self, arrays: Sequence[Array]) -> list[Array]:
+        self._staged = [np.ascontiguousarray(array) for array in arrays]  # alive as long as they are bound
+        return self._staged
 
     def get(self, array: Array) -> Array:
         return array
@@ -101,8 +120,42 @@ class HostMemory:
         for cache in caches:
             cache[target, :, :length] = cache[source, :, :length]
 
+    def run(self, session: Any, binding: Any, options: Any) -> None:
+        session.run_with_iobinding(binding, options)
+
     def close(self) -> None:
         pass
+
+
+class Binding:
+    """An IOBinding that is told only what has changed: telling it all takes longer than a small step."""
+
+    def __init__(self, session: Any, memory: Memory):
+        self._memory = memory
+        self.io = session.io_binding()
+        self.bound: dict[str, tuple[Any, ...]] = {}
+        self.rows = (0, 0)  # first and number of the rows whose caches are bound
+        self.prefix: Any = None  # the list of arrays that is bound
+
+    def input(self, name: str, array: Any) -> None:
+        self._bind(self.io.bind_input, name, described(self._memory, array))
+
+    def output(self, name: str, array: Any) -> None:
+        self._bind(self.io.bind_output, name, described(self._memory, array))
+
+    def host_input(self, name: str, array: Array) -> None:
+        """An input that ONNX Runtime wants in main memory; it may copy when it is told, so it always is."""
+        self.bound.pop(name, None)
+        self._bind(self.io.bind_input, name, described(HostMemory(), array))
+
+    def _bind(self, bind: Callable[..., None], name: str, what: tuple[Any, ...]) -> None:
+        if self.bound.get(name) != what:
+            bind(name, *what)
+            self.bound[name] = what
+
+    def clear(self) -> None:
+        self.io.clear_binding_inputs()
+        self.io.clear_binding_outputs()
 
 
 class OnnxRuntimeBase:
@@ -113,14 +166,14 @@ class OnnxRuntimeBase:
         self._manifest = artifact.manifest
         self._dtype = np.dtype(artifact.manifest.dtype)
         self._session, self._memory = session, memory
-        self._binding = self._session.io_binding()
+        self._binding = Binding(session, memory)
         self._check_names(artifact)
         self._prefix: list[tuple[Any, Any]] = []
         self._prefix_length = artifact.manifest.prefix.length
         self._keys: list[Any] = []
         self._values: list[Any] = []
-        self._rows = (0, 0)  # first and number of the rows whose caches are bound
-        self._logits: Any = memory.zeros((0,), np.dtype(np.float32))
+        self._logits: Any = memory.zeros((0,), np.dtype(np.float32))  # of a step of one token a row
+        self._many_logits: Any = self._logits  # of more
         self._last_logits: Any = self._logits
         if artifact.manifest.prefix.mode == "input":
             self.set_prefix(artifact.prefix)
@@ -130,40 +183,56 @@ class OnnxRuntimeBase:
         shapes = [(max_batch, heads, max_context, dim) for heads, dim in self._manifest.geometry.layers]
         needed = max_batch * max_context * self._manifest.kv_bytes_per_token
         backend.check_memory(needed, max_batch, max_context, self._memory.free())
+        logits = max_batch * self._manifest.geometry.vocab_size
         try:
             self._keys = [self._memory.zeros(shape, self._dtype) for shape in shapes]
             self._values = [self._memory.zeros(shape, self._dtype) for shape in shapes]
+            self._logits = self._memory.zeros((logits,), np.dtype(np.float32))
         except (MemoryError, BackendError) as error:
             self._keys, self._values = [], []
             raise BackendError(
                 f"caches for max_batch {max_batch} of {max_context} tokens: {error}"
             ) from error
-        self._rows = (0, 0)
+        self._binding.rows = (0, 0)
 
     def step(self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32) -> None:
         """Runs the session; see `backend.Backend`."""
+        logits = self._run(self._binding, first_row, input_ids, context_lens, query_lens)
+        if self._manifest.logits == "all":
+            logits = self._memory.pick(logits, np.maximum(query_lens, 1).astype(np.int64) - 1)
+        self._last_logits = logits
+
+    def _run(
+        self,
+        binding: Binding,
+        first_row: int,
+        input_ids: Int32,
+        context_lens: Int32,
+        query_lens: Int32,
+        options: Any = None,
+    ) -> Any:
+        """Runs the session with one of its bindings and RunOptions; returns the logits as the graph gives
+        them, [n, vocab] or [n, S, vocab]."""
         rows, sequence = input_ids.shape
         names, vocab_size = self._manifest.io, self._manifest.geometry.vocab_size
-        self._bind_caches(first_row, rows)
-        arrays = [np.ascontiguousarray(array, np.int32) for array in (input_ids, context_lens, query_lens)]
-        for name, array in zip((names.input_ids, names.context_lens, names.query_lens), arrays, strict=True):
-            # from main memory: ONNX Runtime copies these few to its device
-            self._binding.bind_input(name, "cpu", 0, np.int32, array.shape, array.ctypes.data)
+        self._bind_fixed(binding, first_row, rows)
+        arrays = [np.asarray(array, np.int32) for array in (input_ids, context_lens, query_lens)]
+        self._bind_small(binding, arrays)
         shape = (rows, vocab_size) if self._manifest.logits == "last" else (rows, sequence, vocab_size)
-        if math.prod(shape) > math.prod(self._logits.shape):
-            self._logits = self._memory.zeros((math.prod(shape),), self._logits.dtype)
-        logits = self._memory.view(self._logits, shape)
-        self._bind_output(names.logits, logits)
+        if math.prod(shape) <= math.prod(self._logits.shape):
+            logits = self._memory.view(self._logits, shape)
+        else:
+            if math.prod(shape) > math.prod(self._many_logits.shape):
+                self._many_logits = self._memory.zeros((math.prod(shape),), self._logits.dtype)
+            logits = self._memory.view(self._many_logits, shape)
+        binding.output(names.logits, logits)
         try:
-            self._session.run_with_iobinding(self._binding)
-            self._binding.synchronize_outputs()
+            self._memory.run(self._session, binding.io, options)
         except Exception as error:  # onnxruntime has one class for each status, with no common base
             raise BackendError(
                 f"ONNX Runtime failed in a step of {rows} rows x {sequence}: {error}"
             ) from error
-        if self._manifest.logits == "all":
-            logits = self._memory.pick(logits, np.maximum(query_lens, 1).astype(np.int64) - 1)
-        self._last_logits = logits
+        return logits
 
     def read_logits(self) -> npt.NDArray[np.float32]:
         """See `backend.Backend`."""
@@ -191,11 +260,8 @@ class OnnxRuntimeBase:
                 "the prefix of this artifact is part of its graph: export it with `--prefix input` to "
                 "replace the prefix while running, or replace it in the folder with `relay-attention prefix`"
             )
-        layers = [(self._memory.put(key), self._memory.put(value)) for key, value in prefix.read()]
-        for layer, (key, value) in enumerate(layers):
-            self._bind_input(self._manifest.io.prefix_key.format(layer=layer), key)
-            self._bind_input(self._manifest.io.prefix_value.format(layer=layer), value)
-        self._prefix = layers  # keeps the bound arrays alive
+        self._prefix = [(self._memory.put(key), self._memory.put(value)) for key, value in prefix.read()]
+        self._binding.prefix = None  # bound by the next step; the old one is not kept for it
         self._prefix_length = prefix.header.prefix_length
 
     @property
@@ -210,29 +276,35 @@ class OnnxRuntimeBase:
 
     def close(self) -> None:
         """See `backend.Backend`."""
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
+        self._binding.clear()
         del self._binding, self._session
         self._keys, self._values, self._prefix = [], [], []
-        self._logits = self._last_logits = None
+        self._logits = self._many_logits = self._last_logits = None
         self._memory.close()
 
-    def _bind_caches(self, first_row: int, rows: int) -> None:
-        if self._rows == (first_row, rows):
-            return
-        names, part = self._manifest.io, slice(first_row, first_row + rows)
-        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-            self._bind_input(names.past_key.format(layer=layer), keys[part])
-            self._bind_input(names.past_value.format(layer=layer), values[part])
-            self._bind_output(names.present_key.format(layer=layer), keys[part])
-            self._bind_output(names.present_value.format(layer=layer), values[part])
-        self._rows = (first_row, rows)
+    def _bind_fixed(self, binding: Binding, first_row: int, rows: int) -> None:
+        """What stays where it is from step to step: the rows' caches, and the prefix if it is an input."""
+        names = self._manifest.io
+        if binding.rows != (first_row, rows):
+            part = slice(first_row, first_row + rows)
+            for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+                binding.input(names.past_key.format(layer=layer), keys[part])
+                binding.input(names.past_value.format(layer=layer), values[part])
+                binding.output(names.present_key.format(layer=layer), keys[part])
+                binding.output(names.present_value.format(layer=layer), values[part])
+            binding.rows = (first_row, rows)
+        if self._manifest.prefix.mode == "input" and binding.prefix is not self._prefix:
+            for layer, (key, value) in enumerate(self._prefix):
+                binding.input(names.prefix_key.format(layer=layer), key)
+                binding.input(names.prefix_value.format(layer=layer), value)
+            binding.prefix = self._prefix
 
-    def _bind_input(self, name: str, array: Any) -> None:
-        self._binding.bind_input(name, *described(self._memory, array))
-
-    def _bind_output(self, name: str, array: Any) -> None:
-        self._binding.bind_output(name, *described(self._memory, array))
+    def _bind_small(self, binding: Binding, arrays: Sequence[Array]) -> None:
+        """input_ids, context_lens and query_lens, int32."""
+        names = self._manifest.io
+        small = (names.input_ids, names.context_lens, names.query_lens)
+        for name, array in zip(small, self._memory.stage(arrays), strict=True):
+            binding.input(name, array)
 
     def _check_names(self, artifact: Artifact) -> None:
         manifest, names = artifact.manifest, artifact.manifest.io

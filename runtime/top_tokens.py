@@ -7,21 +7,50 @@ from collections.abc import Sequence
 LOGITS, COUNT, VALUES, IDS, SUMS = "logits", "count", "values", "ids", "sums"
 _FLOAT, _INT64, _INT = 1, 7, 2  # TensorProto.FLOAT, TensorProto.INT64, AttributeProto.INT
 _IR_VERSION, _OPSET = 8, 17
+_WIDTHS = range(4096, 255, -1)  # of a part, the best first: few enough blocks to run at once, each soon done
 
 
-def top_tokens_model() -> bytes:
+def parts_of(vocab_size: int) -> int:
+    """Into how many equal parts a vocabulary is best cut for `top_tokens_model`; 1 for none."""
+    for width in _WIDTHS:
+        if vocab_size % width == 0 and vocab_size > width:
+            return vocab_size // width
+    return 1
+
+
+def top_tokens_model(vocab_size: int = 0, parts: int = 1) -> bytes:
     """logits [n, vocab] float32, count [1] int64 -> values [n, count] descending, ids [n, count], sums [n].
 
-    The sum of a row is finite only if each of its logits is. The runtime does without the package onnx; the
-    field numbers are those of onnx.proto.
+    The sum of a row is finite only if each of its logits is. parts: the vocabulary is cut into so many equal
+    parts, and the likeliest of all are found among the likeliest of each: a TopK of ONNX Runtime on CUDA is
+    one block of threads a row, however long. count is then at most vocab_size / parts.
+    The runtime does without the package onnx; the field numbers are those of onnx.proto.
     """
-    axes = _ints(1, [1]) + _ints(2, [_INT64]) + _ints(7, [-1]) + _bytes(8, b"axes")
-    keepdims = _bytes(1, b"keepdims") + _ints(3, [0]) + _ints(20, [_INT])
+    if parts == 1:
+        nodes = [_node("TopK", [LOGITS, COUNT], [VALUES, IDS])]
+        constants = []
+    else:
+        width = vocab_size // parts
+        nodes = [
+            _node("Reshape", [LOGITS, "parts_shape"], ["parts"]),
+            _node("TopK", ["parts", COUNT], ["part_values", "part_ids"]),
+            _node("Add", ["part_ids", "first_ids"], ["part_token_ids"]),
+            _node("Reshape", ["part_values", "flat_shape"], ["candidates"]),
+            _node("Reshape", ["part_token_ids", "flat_shape"], ["candidate_ids"]),
+            _node("TopK", ["candidates", COUNT], [VALUES, "places"]),
+            _node("GatherElements", ["candidate_ids", "places"], [IDS], axis=1),
+        ]
+        constants = [
+            _int64s("parts_shape", [3], [-1, parts, width]),
+            _int64s("first_ids", [parts, 1], range(0, vocab_size, width)),
+            _int64s("flat_shape", [2], [0, -1]),
+        ]
+    nodes.append(_node("ReduceSum", [LOGITS, "axes"], [SUMS], keepdims=0))
+    constants.append(_int64s("axes", [1], [-1]))
     graph = [
-        _bytes(1, _node("TopK", [LOGITS, COUNT], [VALUES, IDS])),
-        _bytes(1, _node("ReduceSum", [LOGITS, "axes"], [SUMS]) + _bytes(5, keepdims)),
+        *(_bytes(1, node) for node in nodes),
         _bytes(2, b"top_tokens"),
-        _bytes(5, axes),
+        *(_bytes(5, constant) for constant in constants),
         _bytes(11, _value(LOGITS, _FLOAT, ["rows", "vocabulary"])),
         _bytes(11, _value(COUNT, _INT64, [1])),
         _bytes(12, _value(VALUES, _FLOAT, ["rows", "count"])),
@@ -32,9 +61,17 @@ def top_tokens_model() -> bytes:
     return _ints(1, [_IR_VERSION]) + _bytes(7, b"".join(graph)) + _bytes(8, opset)
 
 
-def _node(op_type: str, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+def _node(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int) -> bytes:
     fields = [_bytes(1, name.encode()) for name in inputs] + [_bytes(2, name.encode()) for name in outputs]
-    return b"".join(fields) + _bytes(3, op_type.encode()) + _bytes(4, op_type.encode())
+    fields += [_bytes(3, outputs[0].encode()), _bytes(4, op_type.encode())]
+    for name, value in attributes.items():
+        fields.append(_bytes(5, _bytes(1, name.encode()) + _ints(3, [value]) + _ints(20, [_INT])))
+    return b"".join(fields)
+
+
+def _int64s(name: str, shape: Sequence[int], values: Sequence[int]) -> bytes:
+    """A TensorProto."""
+    return _ints(1, shape) + _ints(2, [_INT64]) + _ints(7, values) + _bytes(8, name.encode())
 
 
 def _value(name: str, kind: int, shape: Sequence[int | str]) -> bytes:

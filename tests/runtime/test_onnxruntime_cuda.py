@@ -24,9 +24,11 @@ from onnx import TensorProto, helper, numpy_helper
 from relay_attention.errors import BackendError
 from relay_attention.runtime import Artifact, RelayDecoder, SamplingParams
 from relay_attention.runtime import onnxruntime_cuda_backend as module
-from relay_attention.runtime.backend import ReadsTop, load_backend
+from relay_attention.runtime.backend import ReadsTop, batch_bucket, load_backend
+from relay_attention.runtime.onnxruntime_backend import HostMemory
+from relay_attention.runtime.onnxruntime_top import TopTokens
 from relay_attention.runtime.sampling import TIES, Sampler
-from relay_attention.runtime.top_tokens import top_tokens_model
+from relay_attention.runtime.top_tokens import parts_of, top_tokens_model
 
 TESTS = Path(__file__).parents[1]
 NAME = "onnxruntime-cuda"
@@ -119,8 +121,8 @@ def test_graph_of_the_likeliest_tokens():
     axes = helper.make_tensor("axes", TensorProto.INT64, [1], [-1])
     graph = helper.make_graph(
         [
-            helper.make_node("TopK", ["logits", "count"], ["values", "ids"], "TopK"),
-            helper.make_node("ReduceSum", ["logits", "axes"], ["sums"], "ReduceSum", keepdims=0),
+            helper.make_node("TopK", ["logits", "count"], ["values", "ids"], "values"),
+            helper.make_node("ReduceSum", ["logits", "axes"], ["sums"], "sums", keepdims=0),
         ],
         "top_tokens",
         [value("logits", TensorProto.FLOAT, "rows", "vocabulary"), value("count", TensorProto.INT64, 1)],
@@ -133,6 +135,39 @@ def test_graph_of_the_likeliest_tokens():
     )
     assert made == helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
     assert numpy_helper.to_array(made.graph.initializer[0]).tolist() == [-1]
+
+
+@pytest.mark.parametrize(("vocab_size", "parts"), [(6, 2), (1200, 4), (128256, 32)])
+def test_graph_in_parts(vocab_size, parts):
+    """The likeliest of all are among the likeliest of each part."""
+    model = onnx.load_from_string(top_tokens_model(vocab_size, parts))
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    logits = np.random.default_rng(0).standard_normal((3, vocab_size)).astype(np.float32)
+    logits[1, -1] = logits[2, 0] = 9
+    for count in (1, 2, min(9, vocab_size // parts)):
+        values, ids, sums = session.run(
+            ["values", "ids", "sums"], {"logits": logits, "count": np.array([count])}
+        )
+        np.testing.assert_array_equal(values, -np.sort(-logits)[:, :count])
+        np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
+        np.testing.assert_allclose(sums, logits.sum(1), rtol=1e-3)
+
+
+def test_parts():
+    for vocab_size, parts in ((128256, 32), (32000, 8), (151936, 64), (50257, 29), (272, 1), (50021, 1)):
+        assert parts_of(vocab_size) == parts
+
+
+def test_top_tokens_in_parts_and_whole():
+    """Asking for more than a part holds takes the plain graph."""
+    finder = TopTokens("CPUExecutionProvider", HostMemory(), 8192)
+    logits = np.random.default_rng(0).standard_normal((5, 8192)).astype(np.float32)
+    for count in (9, 4096, 4097, 9000, 9):
+        values, ids = finder.find(logits, count)
+        np.testing.assert_array_equal(values, -np.sort(-logits)[:, :count])
+        np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
+    assert set(finder._opened) == {1, 2}
 
 
 def test_read_top(artifact):
@@ -279,13 +314,79 @@ def test_provider_that_fails(artifact, monkeypatch):
 # the class over a fake of cuda-python
 
 
+class FakeRuns:
+    """ONNX Runtime on the fake GPU's stream: runs happen when the stream is waited for.
+
+    With enable_cuda_graph, a gpu_graph_id of 0 or more is run three times at first, as ONNX Runtime does, and
+    then replayed: with the addresses and shapes of the first time, whatever is bound by then.
+    """
+
+    def __init__(self, gpu: Any):
+        self.gpu = gpu
+        self.graphs: dict[tuple[int, int], Any] = {}  # by session and graph id: the captured binding
+        self.launches: list[str] = []  # "run" or "graph", and the shape of the input_ids, as they ran
+        self.fail: Callable[[int], bool] = lambda graph_id: False  # whether a capture fails
+
+    def run(self, memory: Any, session: Any, io: Any, options: Any) -> None:
+        graph_id = int(entry(options, "gpu_graph_id", "-1"))
+        captures = session.get_inputs()[0].name == "input_ids"  # not the graph of the likeliest tokens
+        assert not captures or options is not None
+        bound = dict(io.recorded)  # what is bound later does not count
+        if captures and graph_id >= 0:
+            if (id(session), graph_id) not in self.graphs and self.fail(graph_id):
+                raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+            times = 1 if (id(session), graph_id) in self.graphs else 3
+            bound = self.graphs.setdefault((id(session), graph_id), bound)
+        else:
+            times = 1
+
+        def work() -> None:
+            made = session.original_io_binding()
+            for (kind, name), what in bound.items():
+                getattr(made, kind)(name, *what)
+            for _ in range(times):
+                session.run_with_iobinding(made)
+
+        if captures:
+            shape = "x".join(map(str, bound["bind_input", "input_ids"][3]))
+            self.launches.append(f"{'run' if graph_id < 0 else 'graph'} {shape}")
+        memory._stream._stream.add(work)
+
+
+def entry(options: Any, name: str, default: str) -> str:
+    try:
+        return str(options.get_run_config_entry(name))
+    except (RuntimeError, AttributeError):
+        return default
+
+
+def recorded_binding(session: Any) -> Any:
+    """An IOBinding that remembers what was bound."""
+    io = session.original_io_binding()
+    io.recorded = {}
+    for kind, original in (("bind_input", io.bind_input), ("bind_output", io.bind_output)):
+
+        def bind(name: str, *what: Any, kind: str = kind, original: Any = original) -> None:
+            io.recorded[kind, name] = what
+            original(name, *what)
+
+        setattr(io, kind, bind)
+    return io
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Device memory of the fake; the session itself is on the CPU and finds it, as it is main memory."""
     fake = imported(TESTS / "tensorrt" / "fake_gpu.py")
     made = fake.Gpu()
+    made.runs = FakeRuns(made)
     monkeypatch.setattr(module, "CUDA", "CPUExecutionProvider")
     monkeypatch.setattr(module.DeviceMemory, "device", "cpu")
+    monkeypatch.setattr(module.DeviceMemory, "run", lambda memory, *args: made.runs.run(memory, *args))
+    monkeypatch.setattr(module, "_inputs_on_host", lambda session: set())
+    original = onnxruntime.InferenceSession.io_binding
+    monkeypatch.setattr(onnxruntime.InferenceSession, "original_io_binding", original, raising=False)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "io_binding", recorded_binding)
     with fake.installed(made, tmp_path / "none.so"):
         yield made
 
@@ -310,6 +411,158 @@ def test_device_memory(gpu, make_artifact, tmp_path, prompts, mode, logits):
         assert {cache.address for cache in caches} <= set(gpu.memory)
     del decoder, backend, caches
     assert not gpu.memory
+
+
+# decode graphs over the fake
+
+
+def tokens(results: list[Any]) -> list[Any]:
+    """All but logits: idle rows beside a row change how the CPU rounds its matrix products."""
+    return [(result.token_ids, result.text, result.finish_reason) for result in results]
+
+
+def shapes_of(launches: list[str], kind: str) -> list[str]:
+    return [shape for name, shape in map(str.split, launches) if name == kind]
+
+
+@pytest.mark.parametrize("mode", ["static", "input"])
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_graphs_give_the_same_results(gpu, make_artifact, tmp_path, prompts, mode, logits):
+    """Ragged requests that come and go, every kind of sampling: the CPU backend's tokens."""
+    artifact = make_artifact(tmp_path / "artifact", mode=mode, logits=logits)
+    expected = run(artifact.path, prompts, MIXED, "onnxruntime", max_batch=6)
+    for cuda_graph in (None, True, False):
+        gpu.runs.launches.clear()
+        with load_over_fake(artifact.path, cuda_graph=cuda_graph, max_batch=6, prefill_chunk=9) as decoder:
+            backend: Any = decoder._backend
+            assert backend.cuda_graph == (cuda_graph is not False)
+            assert tokens(decoder.generate(prompts, MIXED)) == tokens(expected)
+            assert tokens(decoder.generate(prompts[:2], MIXED[:2])) == tokens(expected[:2])
+        replayed = shapes_of(gpu.runs.launches, "graph")
+        assert set(replayed) == (set() if cuda_graph is False else {"1x1", "2x1", "4x1", "6x1"})
+        assert len(replayed) > 2 * len(set(replayed)) or cuda_graph is False
+    del decoder, backend
+    gpu.runs.graphs.clear()
+    assert not gpu.memory
+    assert not gpu.pinned
+
+
+def test_a_graph_is_captured_once_a_bucket(gpu, artifact):
+    with load_over_fake(artifact.path, max_batch=11) as decoder:
+        params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+        for requests in (11, 9, 3, 11, 2, 1, 10):
+            decoder.generate([[5, 6]] * requests, params)
+        backend: Any = decoder._backend
+        assert sorted(backend._graphs) == [1, 2, 4, 11]
+        assert len(gpu.runs.graphs) == 4
+
+
+def test_another_prefix_is_another_graph(gpu, input_artifact, make_artifact, tmp_path, prompts):
+    other = make_artifact(tmp_path / "other", mode="input", text="Be short.")
+    params = SamplingParams(max_new_tokens=6)
+    with load_over_fake(input_artifact.path, cuda_graph=True) as decoder:
+        for path in (input_artifact.path, other.path, input_artifact.path):
+            decoder.set_prefix(path)
+            expected = run(path, prompts[:3], params, "onnxruntime")
+            assert decoder.generate(prompts[:3], params) == expected
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_capture_that_fails(gpu, artifact, prompts, first):
+    """Without graphs from then on where they were not asked for; said, and nothing is lost."""
+    expected = run(artifact.path, prompts, MIXED, "onnxruntime", max_batch=4)
+    gpu.runs.fail = lambda graph_id: graph_id >= first
+    with load_over_fake(artifact.path, max_batch=4) as decoder:
+        backend: Any = decoder._backend
+        assert backend.cuda_graph == (first > 1)
+        assert tokens(decoder.generate(prompts, MIXED)) == tokens(expected)
+        assert not backend.cuda_graph
+        assert "could not be captured: ONNX Runtime failed in a step of" in backend.cuda_graph_reason
+        assert "not permitted when stream is capturing" in backend.cuda_graph_reason
+    if first == 1:
+        with pytest.raises(BackendError, match=r"cuda_graph is True, but .* could not be captured.*CUDA"):
+            load_over_fake(artifact.path, cuda_graph=True)
+
+
+def test_model_that_onnxruntime_cannot_capture(gpu, artifact, monkeypatch):
+    """It says so when the session is made; another one is made without graphs, unless they were asked for."""
+    said = "This session cannot use the graph capture feature as requested by the user as ..."
+    original, made = module.open_session, []
+
+    def refuse(artifact: Any, threads: Any, providers: Any, config: Any) -> Any:
+        made.append(providers[0][1].get("enable_cuda_graph"))
+        if made[-1]:
+            raise BackendError(f"model.onnx: ONNX Runtime refuses it: {said}")
+        return original(artifact, threads, providers, config)
+
+    monkeypatch.setattr(module, "open_session", refuse)
+    with load_over_fake(artifact.path) as decoder:
+        backend: Any = decoder._backend
+        assert not backend.cuda_graph
+        assert said in backend.cuda_graph_reason
+        decoder.generate([[5]], SamplingParams(max_new_tokens=3))
+    assert made == ["1", None]
+    with pytest.raises(BackendError, match=r"cuda_graph is True, but .*cannot use the graph capture feature"):
+        load_over_fake(artifact.path, cuda_graph=True)
+    said = "out of memory"
+    with pytest.raises(BackendError, match="refuses it: out of memory"):
+        load_over_fake(artifact.path)
+
+
+def test_nodes_that_a_graph_would_replay_wrongly(gpu, artifact, monkeypatch):
+    """GatherND reads main memory in every run; the exporter's Split in three does not."""
+    nodes = [("Split", "layer.0/split"), ("GatherND", "last_token/gather"), ("MatMul", "head")]
+
+    def session(*chosen: tuple[str, str]) -> Any:
+        part = SimpleNamespace(
+            ep_name="GPU",
+            get_nodes=lambda: [SimpleNamespace(op_type=op, name=name, domain="") for op, name in chosen],
+        )
+        return SimpleNamespace(get_provider_graph_assignment_info=lambda: [part])
+
+    assert "1 nodes whose CUDA kernels" in module.why_not_captured(session(*nodes), "GPU")
+    assert "'last_token/gather' (GatherND)" in module.why_not_captured(session(*nodes), "GPU")
+    assert module.why_not_captured(session(*nodes), "CPU") == ""
+    assert module.why_not_captured(session(nodes[0], nodes[2]), "GPU") == ""
+    assert "'split' (Split)" in module.why_not_captured(session(("Split", "split")), "GPU")
+    monkeypatch.setattr(module, "why_not_captured", lambda *args: "it has a GatherND")
+    with load_over_fake(artifact.path) as decoder:
+        assert decoder._backend.cuda_graph_reason == "it has a GatherND"  # type: ignore[attr-defined]
+        decoder.generate([[5]], SamplingParams(max_new_tokens=3))
+    assert "graph" not in " ".join(gpu.runs.launches)
+    with pytest.raises(BackendError, match=r"cuda_graph is True, but .* it has a GatherND"):
+        load_over_fake(artifact.path, cuda_graph=True)
+
+
+def test_only_what_has_changed_is_bound(gpu, artifact, monkeypatch):
+    """A decode step that is like the last one binds nothing."""
+    with load_over_fake(artifact.path, max_batch=2) as decoder:
+        backend: Any = decoder._backend
+        token, length = np.int32([[5]]), np.int32([1])
+        for first_row in (0, 1):
+            for step in range(3):
+                if step == 1:
+                    binding = backend._graphs[1].binding if first_row == 0 else backend._binding
+                    monkeypatch.setattr(binding.io, "bind_input", None)
+                    monkeypatch.setattr(binding.io, "bind_output", None)
+                backend.step(first_row, token, np.int32([step]), length)
+        assert np.isfinite(backend.read_logits()).all()
+        monkeypatch.undo()
+
+
+def test_buckets():
+    assert [batch_bucket(rows, 100) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 99)] == [
+        1, 2, 4, 8, 8, 16, 16, 24, 100
+    ]  # fmt: skip
+    assert batch_bucket(3, 3) == 3
+
+
+def test_device_cpu_has_no_graphs(artifact):
+    with pytest.raises(BackendError, match=r"cuda_graph is True, but .* device is 'cpu'"):
+        load_backend(NAME, artifact, device="cpu", cuda_graph=True)
+    backend: Any = load_backend(NAME, artifact, device="cpu")
+    assert backend.cuda_graph_reason == "device is 'cpu'"
+    backend.close()
 
 
 def test_device_memory_in_place(gpu, artifact):
