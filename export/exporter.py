@@ -19,6 +19,7 @@ from relay_attention.errors import ArtifactError, ExportError
 from relay_attention.export.folder import replace_folder
 from relay_attention.export.graph import find_nodes, graph_output, int_attribute
 from relay_attention.export.passes import rewrite, run
+from relay_attention.export.passes.gather_on_device import GatherOnDevice
 from relay_attention.export.passes.replace_attention import is_relay_attention
 from relay_attention.export.passes.tensorrt import tensorrt_passes
 from relay_attention.export.pieces import check_pieces
@@ -97,8 +98,7 @@ def export_model(
                 all_logits=all_logits,
                 max_positions=loaded.max_positions,
             )
-            if target == "tensorrt":
-                run(loaded.model, tensorrt_passes())
+            run(loaded.model, tensorrt_passes() if target == "tensorrt" else [GatherOnDevice()])
         geometry = _geometry(loaded)
         dtype = _dtype(loaded.model)
         _write_model(loaded.model, folder, progress)

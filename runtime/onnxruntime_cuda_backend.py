@@ -393,7 +393,7 @@ def why_not_captured(session: Any, provider: str) -> str:
         return ""
     return (
         f"{len(found)} nodes whose CUDA kernels may read main memory in every run: {', '.join(found[:3])}; "
-        "GatherND comes from an older export: export the model again"
+        "GatherND comes from an older export or --target tensorrt: export the model again"
     )
 
 

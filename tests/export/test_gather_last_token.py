@@ -7,6 +7,7 @@ import pytest
 from relay_attention.errors import ExportError
 from relay_attention.export.passes import GatherLastToken
 from relay_attention.export.passes import run as run_passes
+from relay_attention.export.passes.gather_on_device import GatherOnDevice
 
 HIDDEN = np.random.default_rng(0).standard_normal((3, 4, 8), dtype=np.float32)
 QUERY_LENS = np.array([4, 1, 0], np.int32)
@@ -74,6 +75,20 @@ def test_a_tied_head_needs_no_second_copy_of_the_embedding(parse, run) -> None:
 def test_what_is_not_token_wise_keeps_its_place(parse, run, head: str) -> None:
     gather = _check(run, _model(parse, head))
     assert gather.outputs[0].name == "logits"
+
+
+@pytest.mark.parametrize(
+    "head", ["logits = MatMul (normed, weight)", "p = MatMul (normed, weight)\n logits = Softmax (p)"]
+)
+def test_the_same_without_main_memory(parse, run, head: str) -> None:
+    model = _model(parse, head)
+    _check(run, model)
+    expected = run(model, hidden=HIDDEN, query_lens=QUERY_LENS)[0]
+    assert GatherOnDevice()(model).modified
+    np.testing.assert_array_equal(run(model, hidden=HIDDEN, query_lens=QUERY_LENS)[0], expected)
+    assert "GatherND" not in {node.op_type for node in model.graph}
+    assert [output.name for output in model.graph.outputs] == ["logits"]
+    assert not GatherOnDevice()(model).modified
 
 
 def test_a_graph_without_logits_is_refused(parse) -> None:
