@@ -4,16 +4,17 @@
 # On a machine with internet, nvcc, g++, CMake, a Python 3.10 (PYTHON310) and this project's environment (PYTHON):
 #   TENSORRT_ROOT=/path/8.6:/path/10:/path/11 scripts/test_tensorrt.sh prepare DIR
 #     DIR/lib: the plugin for every TensorRT whose headers are named, a test host for each, the ONNX Runtime library;
-#     DIR/wheels: what Python 3.10 needs beside TensorRT; DIR/work: small artifacts to build engines of
-# On the GPU machine, in the checkout:
-#   scripts/test_tensorrt.sh stage DIR...     copies what was carried to $STAGE (default /tmp/relay_tensorrt), also the
-#     parts p00, p01, ... of a TensorRT 8.6 runtime with Python 3.10 (join.sh, env.sh, which sets RELAY_PY310)
-#   scripts/test_tensorrt.sh adapters         the adapters of every major through the test host, with the real kernels
-#   scripts/test_tensorrt.sh engine [--large] real TensorRT: names and registry, then scripts/check_tensorrt.py
+#     DIR/site: what Python 3.10 needs beside TensorRT; DIR/work: small artifacts to build engines of, and the graph
+#     of a model of 2 GB (10 GB of memory to make). site and work are kept where they are there; BUILD: CMake's folder.
+# On the GPU machine, in the checkout, with DIR's folders in $STAGE (default /dev/shm/relay), and beside them
+#   runtime/env.sh, which sets RELAY_PY310 to a Python 3.10 with TensorRT, cuda-bindings and NumPy, and, if there is
+#   one, ort/env.sh, which lets PYTHON import onnxruntime-gpu:
+#   scripts/test_tensorrt.sh check [--seconds N] [--level N]   scripts/check_tensorrt.py; its logs go to $OUT too
+#   scripts/test_tensorrt.sh adapters                          the test host of every major alone
 # GPU times are only as good as the machine is idle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stage=${STAGE:-/tmp/relay_tensorrt}
+stage=${STAGE:-/dev/shm/relay}
 python=${PYTHON:-python3}
 
 # The package under its own name, out of the checkout's folders.
@@ -24,73 +25,83 @@ link_package() {
 }
 
 prepare() {
-  local out majors=()
-  mkdir -p "$1"; out=$(cd "$1" && pwd)
-  mkdir -p "$out/lib" "$out/wheels" "$out/dev"
-  cmake -S . -B build/tensorrt -DCMAKE_BUILD_TYPE=Release -DRELAY_CUDA=ON \
-    -DRELAY_CUDA_ARCHITECTURES="${RELAY_CUDA_ARCHITECTURES:-90}" "-DTENSORRT_ROOT=${TENSORRT_ROOT//:/;}"
-  cmake --build build/tensorrt --parallel "${JOBS:-2}"
-  cmake --install build/tensorrt --prefix build/tensorrt/installed
-  cp build/tensorrt/installed/plugins/lib/*.so "$out/lib/"
+  local out build=${BUILD:-build/tensorrt} python310=${PYTHON310:-python3.10}
+  mkdir -p "$1"
+  out=$(cd "$1" && pwd)
+  cmake -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DRELAY_CUDA=ON \
+    ${RELAY_CUDA_ARCHITECTURES:+"-DRELAY_CUDA_ARCHITECTURES=$RELAY_CUDA_ARCHITECTURES"} \
+    "-DTENSORRT_ROOT=${TENSORRT_ROOT//:/;}"
+  cmake --build "$build" --parallel "${JOBS:-2}"
+  cmake --install "$build" --prefix "$build/installed"
+  rm -rf "$out/lib"
+  mkdir -p "$out/lib"
+  cp "$build"/installed/plugins/lib/*.so "$out/lib/"
   PYTHONPATH=tests/tensorrt "$python" - "$out/lib" <<'P'
 import pathlib, sys
 import adapter_host
 for headers in adapter_host.header_folders():
     print(adapter_host.build_host(headers, adapter_host.cuda_include(), pathlib.Path(sys.argv[1])))
 P
-  link_package "$out/dev"
-  RELAY_ATTENTION_LIBRARY="$out/lib/librelay_attention_ort.so" PYTHONPATH="$out/dev" \
-    "$python" scripts/check_tensorrt.py make "$out/work" ${DEMO:+--demo $DEMO}
-  rm -rf "$out/dev" "$out/work"/hf_*
-  "${PYTHON310:-python3.10}" -m pip download -q --only-binary=:all: -d "$out/wheels" "numpy<2" onnx onnx-ir \
-    "onnxruntime<1.24" tokenizers jinja2 tqdm pytest pytest-timeout
-  rm -f "$out"/wheels/numpy-*  # comes with the TensorRT runtime
+  if [[ ! -d $out/work ]]; then
+    link_package "$out/dev"
+    export RELAY_ATTENTION_LIBRARY="$out/lib/librelay_attention_ort.so"
+    PYTHONPATH="$out/dev" "$python" scripts/check_tensorrt.py make "$out/making"
+    PYTHONPATH="$out/dev" "$python" scripts/large_model.py make "$out/making/large"
+    rm -rf "$out/dev"
+    mv "$out/making" "$out/work"
+  fi
+  if [[ ! -d $out/site ]]; then
+    "$python310" -m pip download -q --only-binary=:all: -d "$out/wheels" "numpy<2" onnx "onnx-ir>=1.1" \
+      "onnxruntime<1.24" tokenizers jinja2 tqdm pytest pytest-timeout
+    rm -f "$out"/wheels/numpy-* # comes with TensorRT
+    for wheel in "$out"/wheels/*.whl; do "$python310" -m zipfile -e "$wheel" "$out/site"; done
+    rm -rf "$out/wheels"
+  fi
   du -sh "$out"/*
 }
 
-copy_parts() {
-  mkdir -p "$stage/parts"
-  for folder in "$@"; do
-    if compgen -G "$folder/part.*" >/dev/null; then cp "$folder"/* "$stage/parts/"; else cp -r "$folder"/. "$stage/"; fi
-  done
-  ls "$stage" "$stage/parts"
+# $stage/peer: the Python that has torch, and onnxruntime-gpu, whatever Python 3.10's wrapper has set.
+make_peer() {
+  local path
+  path=$([[ ! -f $stage/ort/env.sh ]] || { . "$stage/ort/env.sh" >&2 && echo "$PYTHONPATH"; })
+  cat >"$stage/peer" <<W
+#!/usr/bin/env bash
+export PYTHONPATH="$stage/dev${path:+:$path}" LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"
+export RELAY_ATTENTION_LIBRARY="$stage/lib/librelay_attention_ort.so" RELAY_TENSORRT_ADAPTERS="$stage/lib"
+unset PYTHONHOME PYTHONPATH310
+exec "$(command -v "$python")" "\$@"
+W
+  chmod +x "$stage/peer"
 }
 
 adapters() {
   link_package "$stage/dev"
-  RELAY_TENSORRT_ADAPTERS="$stage/lib" PYTHONPATH="$stage/dev" \
-    "$python" -m pytest -p no:cacheprovider -q -m gpu tests/tensorrt/test_adapter_gpu.py
+  make_peer
+  "$stage/peer" -m pytest -p no:cacheprovider -q -m gpu tests/tensorrt/test_adapter_gpu.py
 }
 
-engine() {
+check() {
   link_package "$stage/dev"
-  [[ -e $stage/runtime/env.sh ]] || bash "$stage/parts/join.sh" "$stage/parts" "$stage/runtime"
+  make_peer
   # shellcheck disable=SC1091
   . "$stage/runtime/env.sh"
-  if [[ ! -d $stage/site ]]; then
-    # NumPy comes with the TensorRT runtime
-    for wheel in "$stage"/wheels/*.whl; do
-      [[ $wheel == */numpy-* ]] || "$python" -m zipfile -e "$wheel" "$stage/site"
-    done
-  fi
   export PYTHONPATH310="$stage/dev:$stage/site"
   export RELAY_ATTENTION_LIBRARY="$stage/lib/librelay_attention_ort.so"
   export RELAY_ATTENTION_TENSORRT_LIBRARY="$stage/lib/librelay_attention_tensorrt8.so"
-  "$RELAY_PY310" -m pytest -p no:cacheprovider -q tests/tensorrt/test_real_tensorrt.py
-  if [[ ${1:-} == --large && ! -d $stage/work/large ]]; then
-    PYTHONPATH="$stage/dev" "$python" scripts/check_tensorrt.py make "$stage/large" --large
-    mv "$stage/large/large" "$stage/work/large"
+  local status=0
+  PYTHONUNBUFFERED=1 "$RELAY_PY310" scripts/check_tensorrt.py check "$stage/work" --peer "$stage/peer" "$@" || status=$?
+  if [[ -n ${OUT:-} ]]; then
+    tar -C "$stage/work" -czf "$OUT/tensorrt-logs.tar.gz" logs $(cd "$stage/work" && ls build-*.log 2>/dev/null) || true
   fi
-  PYTHONUNBUFFERED=1 "$RELAY_PY310" scripts/check_tensorrt.py check "$stage/work" "$@"
+  return "$status"
 }
 
 step=${1:-}
 shift || true
 case $step in
   prepare) prepare "$@" ;;
-  stage) copy_parts "$@" ;;
   adapters) adapters ;;
-  engine) engine "$@" ;;
+  check) check "$@" ;;
   *)
     sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2

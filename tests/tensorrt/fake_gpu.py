@@ -355,6 +355,9 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             self.weights[name] = (str(weights.dtype), list(weights.shape), weights.tobytes().hex())
             return True
 
+        def get_all_weights(self) -> list[str]:
+            return list(self.engine.plan["shapes"])
+
         def get_missing_weights(self) -> list[str]:
             return []
 
