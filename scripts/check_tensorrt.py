@@ -584,8 +584,9 @@ def plan_steps(work: Path, peer: str | None, level: int) -> tuple[list[Step], li
     large = (work / "large").is_dir()
     if peer and large:
         script = [peer, str(ROOT / "scripts/large_model.py")]
-        first.append(Step("fill", [*script, "fill", str(work / "large")], 20, 120))
-        timing = [*script, "time", "onnxruntime-cuda", str(work / "large"), str(work / "peer.npz")]
+        folders = [str(work / "large"), str(work / "large_ort")]
+        first.append(Step("fill", [*script, "fill", *folders], 20, 120))
+        timing = [*script, "time", "onnxruntime-cuda", folders[1], str(work / "peer.npz")]
         then.append(Step("peer", timing, 30, 100, ("fill",)))
         then += [own("build:large", 60, 240, "fill"), own("large", 30, 90, "build:large")]
     found = os.environ.get("LD_LIBRARY_PATH", "").split(":")

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """A model of Llama's geometry with random weights, for GPU machines that 2 GB cannot be carried to.
 
-`make` exports it where the exporter is, and keeps graph, manifest, tokenizer and small tensors (1 MB) only.
-`fill` makes the large tensors anew on the other machine, random with the same deviations; it needs numpy and
-this package, and torch if there is one, to be fast. `time` decodes with a backend and keeps logits and times,
+`make` exports it where the exporter is, for TensorRT and beside it for ONNX Runtime (FOLDER_ort), and keeps
+graph, manifest, tokenizer and small tensors (1 MB) only. `fill` makes the large tensors anew on the other
+machine, random with the same deviations, alike in both; it needs numpy and this package, and torch if there
+is one, to be fast. `time` decodes with a backend and keeps logits and times,
 so that two engines that need two Pythons are compared by the same code.
 
 usage: large_model.py make FOLDER [--layers N] [--prefix TOKENS]
-       large_model.py fill FOLDER
+       large_model.py fill FOLDER...
        large_model.py time BACKEND FOLDER OUT.npz
 """
 
@@ -19,6 +20,7 @@ import math
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,19 @@ def make(folder: Path, layers: int, prefix: int) -> None:
     source = tiny_models.make_model(folder.with_name(folder.name + "_source"), config)
     # the tokenizer knows bytes and few merges: a prompt of digits has a token for each
     text = "".join(str(index % 10) for index in range(prefix - 1))
-    export_model(
-        source, text, folder, precision="fp16", target="tensorrt", template="plain", max_context=512,
-        progress=True,
-    )  # fmt: skip
+    for target, out in (("tensorrt", folder), ("onnxruntime", folder.with_name(folder.name + "_ort"))):
+        export_model(
+            source,
+            text,
+            out,
+            precision="fp16",
+            target=target,
+            template="plain",
+            max_context=512,
+            progress=True,
+        )
+        hollow(out)
     shutil.rmtree(source)
-    hollow(folder)
 
 
 def hollow(folder: Path) -> None:
@@ -66,10 +75,11 @@ def hollow(folder: Path) -> None:
         random = []
         with path.with_name(name + KEPT).open("wb") as kept:
             end = 0
-            for offset, tensor in sorted(tensors, key=lambda pair: pair[0]):
+            for offset, title, tensor in sorted(tensors, key=lambda found: found[0]):
                 if tensor.nbytes < RANDOM_FROM:
                     continue
-                random.append([offset, tensor.size, float(tensor[: 1 << 20].astype(np.float32).std())])
+                deviation = float(tensor[: 1 << 20].astype(np.float32).std())
+                random.append([offset, tensor.size, deviation, zlib.crc32(title.encode())])
                 kept.write(content[end:offset].tobytes())
                 end = offset + tensor.nbytes
             kept.write(content[end:].tobytes())
@@ -79,24 +89,24 @@ def hollow(folder: Path) -> None:
     (folder / LAYOUT).write_text(json.dumps(layout))
 
 
-def _weights(folder: Path) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """(offset, content, flat) of each float16 tensor in weights.bin."""
+def _weights(folder: Path) -> Iterator[tuple[int, str, npt.NDArray[Any]]]:
+    """(offset, name, content, flat) of each float16 tensor in weights.bin."""
     import onnx
 
     for tensor in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer:
         data = {entry.key: entry.value for entry in tensor.external_data}
         if data.get("location") == "weights.bin" and tensor.data_type == onnx.TensorProto.FLOAT16:
             offset, count = int(data["offset"]), math.prod(tensor.dims)
-            yield offset, np.memmap(folder / "weights.bin", np.float16, "r", offset, (count,))
+            yield offset, tensor.name, np.memmap(folder / "weights.bin", np.float16, "r", offset, (count,))
 
 
-def _prefix(folder: Path) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+def _prefix(folder: Path) -> Iterator[tuple[int, str, npt.NDArray[Any]]]:
     from relay_attention.runtime.artifact import PrefixFile
 
     prefix = PrefixFile.open(folder / "prefix.bin")
-    for offsets, pair in zip(prefix.extents(), prefix.read(), strict=True):
-        for offset, tensor in zip(offsets, pair, strict=False):
-            yield offset, tensor.reshape(-1)
+    for layer, (offsets, pair) in enumerate(zip(prefix.extents(), prefix.read(), strict=True)):
+        for kind, offset, tensor in zip(("key", "value"), offsets, pair, strict=False):
+            yield offset, f"prefix.{layer}.{kind}", tensor.reshape(-1)
 
 
 def fill(folder: Path) -> None:
@@ -107,10 +117,10 @@ def fill(folder: Path) -> None:
     manifest = json.loads((folder / "relay.json").read_text())
     for name, described in json.loads((folder / LAYOUT).read_text()).items():
         with (folder / (name + KEPT)).open("rb") as kept, (folder / name).open("wb") as stream:
-            for offset, count, deviation in described["random"]:
+            for offset, count, deviation, seed in described["random"]:
                 stream.write(kept.read(offset - stream.tell()))
-                for start in range(0, count, 1 << 26):
-                    stream.write(normal(min(count - start, 1 << 26), deviation).data)
+                for part, start in enumerate(range(0, count, 1 << 26)):
+                    stream.write(normal(min(count - start, 1 << 26), seed + part, deviation).data)
             stream.write(kept.read())
             if stream.tell() != described["bytes"]:
                 raise SystemExit(f"{folder / name}: {stream.tell()} bytes instead of {described['bytes']}")
@@ -120,18 +130,20 @@ def fill(folder: Path) -> None:
 
 
 def _normal() -> Any:
-    """A function that makes (count, deviation) normal float16 numbers."""
+    """A function that makes (count, seed, deviation) normal float16 numbers."""
     try:
         import torch
     except ImportError:
-        generator = np.random.default_rng(0)
-        return lambda count, deviation: (
-            generator.standard_normal(count, np.float32) * np.float32(deviation)
+        return lambda count, seed, deviation: (
+            np.random.default_rng(seed).standard_normal(count, np.float32) * np.float32(deviation)
         ).astype(np.float16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.Generator(device).manual_seed(0)
-    return lambda count, deviation: (
-        (torch.randn(count, device=device, generator=source) * deviation).half().cpu().numpy()
+    source = torch.Generator(device)
+    return lambda count, seed, deviation: (
+        (torch.randn(count, device=device, generator=source.manual_seed(seed)) * deviation)
+        .half()
+        .cpu()
+        .numpy()
     )
 
 
@@ -202,6 +214,8 @@ def _median_ms(action: Any) -> float:
 
 def time_backend(name: str, folder: Path, out: Path) -> None:
     """Logits and times of every batch size, in one .npz."""
+    if name == "onnxruntime-cuda":
+        import torch  # noqa: F401  it brings the CUDA and cuDNN libraries that ONNX Runtime looks for
     from relay_attention.runtime.artifact import Artifact
     from relay_attention.runtime.backend import load_backend
 
@@ -230,7 +244,7 @@ def main() -> int:
     making.add_argument("folder", type=Path)
     making.add_argument("--layers", type=int, default=4)
     making.add_argument("--prefix", type=int, default=2048, metavar="TOKENS")
-    steps.add_parser("fill").add_argument("folder", type=Path)
+    steps.add_parser("fill").add_argument("folders", nargs="+", type=Path)
     timing = steps.add_parser("time")
     timing.add_argument("backend")
     timing.add_argument("folder", type=Path)
@@ -240,7 +254,8 @@ def main() -> int:
         make(arguments.folder, arguments.layers, arguments.prefix)
     elif arguments.step == "fill":
         start = time.monotonic()
-        fill(arguments.folder)
+        for folder in arguments.folders:
+            fill(folder)
         print(f"ok    large: random weights made [{time.monotonic() - start:.1f} s]")
     else:
         time_backend(arguments.backend, arguments.folder, arguments.out)
