@@ -128,6 +128,10 @@ def describe(core: Core, probe: Probe) -> Description:
             ir.DataType.BFLOAT16,
         ):
             raise refuse(core.node, f"its KV cache {tokens.cache.name!r} is quantised ({tokens.cache.dtype})")
+    if query.value.dtype == ir.DataType.BFLOAT16:
+        raise refuse(
+            core.node, "it is bfloat16; artifacts hold float32 or float16: export the model in these"
+        )
     described = Description(
         core=core,
         query=query,
@@ -155,6 +159,7 @@ def _locate(
         found = _layout(value, probe, heads)
         if found is not None:
             best = Tokens(value, *found, factor=factor, cache=cache)
+            heads = best.heads
         node = value.producer()
         if node is None:
             break
@@ -169,7 +174,7 @@ def _locate(
             value, factor = scaled[0], factor * scaled[1]
         elif cached and cache is None and (joined := _joined(node)) is not None:
             cache, value = joined
-            best = None
+            best = heads = None  # behind it there may be more heads, which share these
         else:
             break
     if best is None:
@@ -271,14 +276,20 @@ def _find_window(core: Core, probe: Probe) -> int:
         settings += [probe.setting(1, 1, longest // 2), probe.setting(1, 7, longest // 3)]
         if window > 0:
             around = (window - 2, window - 1, window, window + 3)
-            settings += [probe.setting(1, 3, past) for past in around if 0 <= past < longest - 3]
+            pasts = [past for past in around if 0 <= past < longest - 3]
+            settings += [probe.setting(1, sequence, past) for past in pasts for sequence in (1, 3)]
+    several = False  # whether a setting of several tokens has run
+    failed: _NotRunnable | None = None
     for setting in settings:
         try:
             visible = _visible(core, probe, setting)
-        except _NotRunnable:
-            if setting.past or not probe.has_past:
+        except _NotRunnable as error:
+            # a graph may be for later calls only, or take several tokens with empty caches only
+            if (setting.past and setting.sequence == 1) or not probe.has_past:
                 raise
-            continue  # a graph for later calls only need not run with empty caches
+            failed = error
+            continue
+        several |= setting.sequence > 1
         queries = np.arange(setting.past, setting.total)[:, None]
         keys = np.arange(visible.shape[-1])[None]
         expected = keys <= queries
@@ -294,6 +305,8 @@ def _find_window(core: Core, probe: Probe) -> int:
                 f"{setting.past} tokens cached, the query at position {setting.past + row} {sees} the key at "
                 f"{column}",
             )
+    if failed is not None and not several:
+        raise failed
     return window
 
 
@@ -328,8 +341,7 @@ def _prove(described: Description, probe: Probe) -> None:
     core = described.core
     generator = np.random.default_rng(0)
     query, key, value = described.query, described.key, described.value
-    for sizes in ((2, 3, 4), (2, 1, 6)):
-        setting = probe.setting(*sizes)
+    for setting in (_several_tokens(described, probe), probe.setting(2, 1, 6)):
         feeds: dict[ir.Value, Array] = {}
         for tokens in (query, key, value):
             feeds.setdefault(tokens.value, tokens.random(setting, generator))
@@ -371,6 +383,16 @@ def _prove(described: Description, probe: Probe) -> None:
                 f"{described.scale:.6g}, softcap {described.softcap:.6g} and window "
                 f"{described.local_window_size} over past and new tokens (off by {off:.2g})",
             )
+
+
+def _several_tokens(described: Description, probe: Probe) -> Setting:
+    """Several tokens behind cached ones, or with empty caches where a graph's mask runs with these only."""
+    setting = probe.setting(2, 3, 4)
+    try:
+        described.core.bias(probe, setting)
+    except ProbeError:
+        return probe.setting(2, 3, 0)
+    return setting
 
 
 def _cache_as_heads(core: Core, cache: Array, tokens: Tokens, setting: Setting) -> Array:

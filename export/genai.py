@@ -49,8 +49,12 @@ def load_genai(folder: Path, prefix_length: int = 0, max_context: int | None = N
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
             raise ExportError(f"{tensor.path}: missing, though {file.name} keeps {value.name!r} in it")
-    _warn_of_lost_window(decoder, model, folder)
     regime = choose_tables(model, prefix_length, max_context, context_length)
+    if not find_nodes(model, lambda node: node.op_type == "GroupQueryAttention"):
+        # what it writes where ONNX Runtime has no such kernel: float32 for CUDA, float16 for the CPU
+        _state_head_size(model, decoder.get("head_size"))
+        _fold_attention(model, file, regime.max_positions)
+    _warn_of_lost_window(decoder, model, folder)
     return SourceModel(
         model=model,
         kind=GENAI,
@@ -62,11 +66,30 @@ def load_genai(folder: Path, prefix_length: int = 0, max_context: int | None = N
     )
 
 
+def _state_head_size(model: ir.Model, head_size: object) -> None:
+    """Caches [batch, kv_num_heads, past, head_size], whose last size the builder names and does not state."""
+    for value in model.graph.inputs:
+        shape = value.shape
+        if shape is not None and len(shape) == 4 and isinstance(head_size, int):
+            value.shape = ir.Shape([*shape[:3], head_size])
+
+
+def _fold_attention(model: ir.Model, file: Path, max_positions: int) -> None:
+    try:
+        from relay_attention.export.onnx_source import fold_attention
+    except ImportError as error:
+        raise ExportError(
+            f"{file}: its attention is no GroupQueryAttention; exporting it needs onnxscript "
+            f"(pip install 'relay-attention[export]'): {error}"
+        ) from error
+    fold_attention(model, file, max_positions)
+
+
 def _warn_of_lost_window(decoder: dict[str, object], model: ir.Model, folder: Path) -> None:
     window = decoder.get("sliding_window")
     if not isinstance(window, dict) or not window.get("window_size"):
         return
-    nodes = find_nodes(model, lambda node: node.op_type == "GroupQueryAttention")
+    nodes = find_nodes(model, lambda node: node.op_type in ("GroupQueryAttention", "AttentionForm"))
     if all(int_attribute(node, "local_window_size", -1) <= 0 for node in nodes):
         print(
             f"relay-attention: warning: {folder / CONFIG_NAME} speaks of a sliding window of "

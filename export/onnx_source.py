@@ -27,6 +27,7 @@ from relay_attention.export.graph import (
 )
 from relay_attention.export.passes import run
 from relay_attention.export.passes.fold_attention import FoldAttention, make_probe
+from relay_attention.export.passes.refuse_leftovers import refuse_attention
 from relay_attention.export.passes.settle_sizes import SettleSizes, StateShapes
 from relay_attention.export.source import ONNX, SourceModel, read_json, token_list
 
@@ -61,6 +62,7 @@ _PREDICATES = {
     "Or",
     "Xor",
 }
+_KNOWN_ATTENTION = {"GroupQueryAttention", "MultiHeadAttention"}
 _SMALL = 1024  # elements of a tensor that constant folding may take up
 
 
@@ -84,12 +86,39 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
         )
     _refuse_inputs(model, file)
     _take_branch(model, file)
+    fold_attention(model, file, max_positions)
+    _check_logits(model, file)
+    _warn_of_lost(model, config, file)
+    _warn_of_shared_ranges(model, file)
+    _check_precision(model, file, precision)
+    layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
+    return SourceModel(
+        model=model,
+        kind=ONNX,
+        architecture=architecture,
+        max_positions=max_positions,
+        num_layers=layers,
+        eos=_eos(config, file),
+    )
+
+
+def fold_attention(model: ir.Model, file: Path, max_positions: int) -> None:
+    """Turns a graph with masks and caches of its own into one of relay.AttentionForm nodes and position_ids.
+
+    file: what messages name. max_positions: as far as masks are proved.
+    Raises: ExportError naming the node that stands against it.
+    """
+    for node in model.graph:  # before what is unusual about the graph's inputs, which follows from it
+        if node.domain == "com.microsoft" and node.op_type not in _KNOWN_ATTENTION:
+            try:
+                refuse_attention(node)
+            except ExportError as error:
+                raise ExportError(f"{file}: {error}") from error
     try:
         _normalise(model)
     except Exception as error:  # onnx, onnx-ir and onnxscript raise many kinds
         raise ExportError(f"{file}: not a valid ONNX graph: {_root_cause(error)}") from error
     _check_interface(model, file)
-    layers = next((config[name] for name in _LAYERS if isinstance(config.get(name), int)), None)
     # lengths are known by the nodes that read them, so the probe is made before these go
     probe = make_probe(model, max_positions)
     for value in model.graph.inputs:
@@ -115,18 +144,6 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
     except ExportError as error:
         raise ExportError(f"{file}: {error}") from error
     run(model, [common.TopologicalSortPass()])
-    _check_logits(model, file)
-    _warn_of_lost(model, config, file)
-    _warn_of_shared_ranges(model, file)
-    _check_precision(model, file, precision)
-    return SourceModel(
-        model=model,
-        kind=ONNX,
-        architecture=architecture,
-        max_positions=max_positions,
-        num_layers=layers,
-        eos=_eos(config, file),
-    )
 
 
 def find_file(source: Path) -> Path:
@@ -289,6 +306,7 @@ def _normalise(model: ir.Model) -> None:
     """
     for value in [value for value in model.graph.initializers.values() if value in model.graph.inputs]:
         model.graph.inputs.remove(value)  # a default that could be overridden, which nobody does
+    left_out = [output for node in model.graph for output in node.outputs if not output.name]
     run(
         model,
         [
@@ -311,6 +329,8 @@ def _normalise(model: ir.Model) -> None:
             common.TopologicalSortPass(),
         ],
     )
+    for output in left_out:
+        output.name = ""  # NameFixPass would have them computed, in types that nobody stated
     _infer_types(model)
 
 
@@ -319,7 +339,7 @@ def _infer_types(model: ir.Model) -> None:
     for node in model.graph:
         operands = [value for value in node.inputs if value is not None and value.type is not None]
         for output in node.outputs:
-            if output.type is not None:
+            if output.type is not None or not output.name:
                 continue
             if node.op_type == "Cast":
                 output.type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))

@@ -349,13 +349,15 @@ class Probe:
             return tuple(sizes)
         if op in _REDUCTIONS:
             data = of(0)
-            axes = ints(1) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-            if axes is None and "axes" in node.attributes:
-                axes = list(node.attributes["axes"].as_ints())
-            if not axes:
-                noop = node.attributes.get("noop_with_empty_axes")
-                axes = [] if noop and noop.as_int() else list(range(len(data)))
-            reduced = {axis % len(data) for axis in axes}
+            over: list[int] = []
+            if len(node.inputs) > 1 and node.inputs[1] is not None:
+                over = ints(1)
+            elif "axes" in node.attributes:
+                over = list(node.attributes["axes"].as_ints())
+            noop = node.attributes.get("noop_with_empty_axes")
+            if not over and not (noop and noop.as_int()):
+                over = list(range(len(data)))
+            reduced = {axis % len(data) for axis in over}
             if "keepdims" in node.attributes and not node.attributes["keepdims"].as_int():
                 return tuple(size for axis, size in enumerate(data) if axis not in reduced)
             return tuple(1 if axis in reduced else size for axis, size in enumerate(data))

@@ -1,8 +1,8 @@
 """com.microsoft.GroupQueryAttention: what onnxruntime-genai's model builder writes.
 
 The operator is causal, its keys start at position 0 of each row, and its window counts the query's own key,
-as RelayAttention's does. Its caches and length inputs are replaced by RelayAttention's. `UnpackQKV` has run,
-so query, key and value are inputs of their own.
+as RelayAttention's does. Its caches and length inputs are replaced by RelayAttention's. `UnpackQKV` and
+`UnfuseQKNorm` have run, so query, key and value are inputs of their own, normalised already.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _REFUSED_INPUTS = {
     11: "it has attention sinks (head_sink), which RelayAttention has not",
     12: "its KV cache is quantised; build the model without kv_cache_quant_scheme",
     13: "its KV cache is quantised; build the model without kv_cache_quant_scheme",
-    14: "it normalises the query itself; build the model with fuse_qk_norm_gqa=false",
-    15: "it normalises the key itself; build the model with fuse_qk_norm_gqa=false",
+    14: "it normalises the query itself, which UnfuseQKNorm has left",
+    15: "it normalises the key itself, which UnfuseQKNorm has left",
     16: "it takes query_seqlens: the graph batches prompts in a way of its own",
 }
 # attributes that change the result: name -> (value when absent, what any other means); -1 stands for "off"

@@ -20,6 +20,7 @@ from relay_attention.export.passes.replace_attention import ReplaceAttention
 from relay_attention.export.passes.settle_interface import SettleInterface
 from relay_attention.export.passes.shift_positions import ShiftPositions
 from relay_attention.export.passes.simplify_reshapes import SimplifyReshapes
+from relay_attention.export.passes.unfuse_qk_norm import UnfuseQKNorm
 from relay_attention.export.passes.unpack_qkv import UnpackQKV
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SettleInterface",
     "ShiftPositions",
     "SimplifyReshapes",
+    "UnfuseQKNorm",
     "UnpackQKV",
     "pipeline",
     "rewrite",
@@ -54,6 +56,7 @@ def pipeline(
     return [
         FoldWeightTransposes(),
         UnpackQKV(),
+        UnfuseQKNorm(),
         ReplaceAttention(prefix_mode),
         *rotary,
         SimplifyReshapes(),

@@ -12,6 +12,7 @@ from relay_attention.errors import ExportError
 from relay_attention.export.core import Core, Description, Tokens, describe
 from relay_attention.export.forms import decomposed, multi_head_attention, onnx_attention
 from relay_attention.export.graph import constant, find_nodes, made_by, refuse
+from relay_attention.export.passes.refuse_leftovers import refuse_attention
 from relay_attention.export.probe import Probe, is_cache
 
 # each finds the core around a node, or says that there is none
@@ -42,6 +43,9 @@ class FoldAttention(ir.passes.InPlacePass):
                 if core is not None:
                     described.append(describe(core, probe))
                     break
+            else:
+                if node.op_type != "GroupQueryAttention":  # ReplaceAttention takes it as it is
+                    refuse_attention(node)
         caches = [cache for each in described for cache in each.caches]
         for cache in caches:
             if caches.count(cache) > 1:

@@ -7,19 +7,19 @@ import onnx_ir as ir
 from relay_attention.export.graph import is_constant, refuse
 
 _ATTENTION = {
-    "Attention",
-    "DecoderMaskedMultiHeadAttention",
-    "DecoderMaskedSelfAttention",
-    "FlexAttention",
-    "GroupQueryAttention",
-    "LongformerAttention",
-    "MultiHeadAttention",
-    "PackedAttention",
-    "PackedMultiHeadAttention",
-    "PagedAttention",
-    "QAttention",
-    "QOrderedAttention",
-    "SparseAttention",
+    "Attention": "it projects the query, key and value itself, with weights packed into one",
+    "DecoderMaskedMultiHeadAttention": "it decodes one token at a time from a buffer of its own",
+    "DecoderMaskedSelfAttention": "it decodes one token at a time from a buffer of its own",
+    "FlexAttention": "its scores pass functions of their own",
+    "GroupQueryAttention": "",
+    "LongformerAttention": "its mask is not causal with a fixed window",
+    "MultiHeadAttention": "",
+    "PackedAttention": "it batches prompts in a way of its own",
+    "PackedMultiHeadAttention": "it batches prompts in a way of its own",
+    "PagedAttention": "its KV cache lies in blocks (build the model without use_paged_attention)",
+    "QAttention": "it is quantised, and projects the query, key and value itself",
+    "QOrderedAttention": "it is quantised, and projects the query, key and value itself",
+    "SparseAttention": "its mask is not causal with a fixed window",
 }
 # operators that carry a state along the sequence, for which the artifact has no cache
 _RECURRENT = {
@@ -50,8 +50,7 @@ class RefuseLeftovers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         known: dict[ir.Value, bool] = {}
         for node in model.graph:
-            if node.op_type in _ATTENTION:
-                raise refuse(node, "no matcher knows this form of attention")
+            refuse_attention(node)
             if node.op_type == "Softmax" and (product := _scores(node, known)) is not None:
                 raise refuse(
                     node,
@@ -64,6 +63,13 @@ class RefuseLeftovers(ir.passes.InPlacePass):
             if node.op_type in _CONTROL_FLOW:
                 raise refuse(node, "control flow is not supported")
         return ir.passes.PassResult(model, False)
+
+
+def refuse_attention(node: ir.Node) -> None:
+    """Raises ExportError for an operator that is attention as a whole."""
+    reason = _ATTENTION.get(node.op_type)
+    if reason is not None:
+        raise refuse(node, ": ".join(["no matcher knows this form of attention", *[reason][: bool(reason)]]))
 
 
 def _scores(softmax: ir.Node, known: dict[ir.Value, bool]) -> ir.Node | None:

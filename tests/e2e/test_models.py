@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from relay_attention.errors import ExportError
 from relay_attention.export import export_model, verify
 from relay_attention.runtime import RelayDecoder, SamplingParams
 from relay_attention.runtime.artifact import Artifact
@@ -168,6 +169,59 @@ def test_float16(
     report = verify(output, model_folder("llama"), requests=4, new_tokens=8, threads=2)
     assert report.ok, report.table()
     assert sum(request.matches for request in report.requests) >= 28
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "provider", "kind"),
+    [
+        # with position_ids, GroupQueryAttention that does not rotate
+        ("llama", "fp16", "dml", "GroupQueryAttention"),
+        # keys repeated for every head behind caches, a mask that takes several tokens with empty caches only
+        ("llama", "fp16", "cpu", "MultiHeadAttention"),
+        # query and key normalised by the attention itself
+        ("qwen3", "fp32", "webgpu", "GroupQueryAttention"),
+    ],
+)
+def test_genai_for_other_devices(
+    tiny: ModuleType,
+    model_folder: Folder,
+    genai_folder: Callable[..., Path],
+    tmp_path: Path,
+    family: str,
+    precision: str,
+    provider: str,
+    kind: str,
+) -> None:
+    source = genai_folder(family, precision, provider=provider)
+    graph = onnx.load(source / "model.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count(kind) == 2
+    output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
+    report = verify(output, model_folder(family), requests=4, new_tokens=8, threads=2)
+    assert report.ok, report.table()
+    assert sum(request.matches for request in report.requests) >= (32 if precision == "fp32" else 28)
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "reason"),
+    [
+        (
+            "fp32",
+            {},
+            r"com\.microsoft\.Attention node '/model/layers\.0/.*it projects the query, key and value",
+        ),
+        (
+            "fp16",
+            {"use_paged_attention": "true"},
+            r"com\.microsoft\.PagedAttention node '/model/layers\.0/.*KV cache lies in blocks",
+        ),
+    ],
+)
+def test_genai_attention_that_is_refused(
+    genai_folder: Callable[..., Path], tmp_path: Path, precision: str, options: dict[str, str], reason: str
+) -> None:
+    source = genai_folder("llama", precision, provider="cuda", **options)
+    with pytest.raises(ExportError, match=reason):
+        export_model(source, "Be kind.", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("prefix", "all_logits"), [("input", False), ("static", True)])

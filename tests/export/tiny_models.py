@@ -99,9 +99,11 @@ def make_model(folder: Path, config: Any, chat_template: str | None = None, seed
     return folder
 
 
-def make_genai(folder: Path, source: Path, precision: str = "fp32", **options: Any) -> Path:
+def make_genai(
+    folder: Path, source: Path, precision: str = "fp32", provider: str | None = None, **options: Any
+) -> Path:
     """What onnxruntime-genai's model builder makes of a Hugging Face folder, for the CPU (fp16: for CUDA)."""
-    provider = "cuda" if precision == "fp16" else "cpu"
+    provider = provider or ("cuda" if precision == "fp16" else "cpu")
     command = ["builder", "-i", str(source), "-o", str(folder), "-p", precision, "-e", provider]
     command += ["-c", str(folder / "cache"), "--extra_options", "hf_token=false"]
     command += [f"{name}={value}" for name, value in options.items()]
