@@ -391,9 +391,10 @@ def why_not_captured(session: Any, provider: str) -> str:
     ]
     if not found:
         return ""
+    older = any("GatherND" in node for node in found)
     return (
-        f"{len(found)} nodes whose CUDA kernels may read main memory in every run: {', '.join(found[:3])}; "
-        "GatherND comes from an older export or --target tensorrt: export the model again"
+        f"{len(found)} nodes whose CUDA kernels may read main memory in every run: {', '.join(found[:3])}"
+        + ("; GatherND is of an older export or of --target tensorrt: export the model again" * older)
     )
 
 

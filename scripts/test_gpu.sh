@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Builds the CUDA kernels and tests and times them on a machine with an NVIDIA GPU.
-# usage: scripts/test_gpu.sh [build | test | sanitize | bench | all]   (all = build, test, sanitize, bench --quick)
+# usage: scripts/test_gpu.sh [build | test | ort | sanitize | bench | all]   (all = build, test, ort, sanitize, bench --quick)
+#   ort: the backend onnxruntime-cuda; needs onnxruntime-gpu and the op library with the CUDA kernels, and is skipped
+#   where there is no such onnxruntime
 # environment: PYTHON (python3 with torch, numpy, pytest), OUT (results, default build/gpu), RELAY_CUDA_LIBRARY (skips the
-#   build), RELAY_CUDA_ARCHITECTURES (default: native)
+#   build), RELAY_CUDA_ARCHITECTURES (default: native); for ort: RELAY_ATTENTION_LIBRARY (default: the one in
+#   plugins/lib), RELAY_GPU_ARTIFACTS (what scripts/gpu_artifacts.py has made, where this machine cannot export)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -33,6 +36,28 @@ run_pytest() { "$python" -m pytest -p no:cacheprovider -q "$@" tests/gpu; }
 
 run_tests() { run_pytest -m gpu; }
 
+run_ort() {
+  # torch first, where there is one: it brings the CUDA libraries that ONNX Runtime needs
+  local run='
+try:
+    import torch
+except ImportError:
+    pass
+import sys, onnxruntime'
+  if ! "$python" -c "$run
+sys.exit('CUDAExecutionProvider' not in onnxruntime.get_available_providers())" 2>/dev/null; then
+    echo "skipped: tests/runtime/test_onnxruntime_cuda.py: $python has no onnxruntime with CUDAExecutionProvider"
+    return
+  fi
+  if ! "$python" -c "import relay_attention.runtime" 2>/dev/null; then # the package under its own name
+    mkdir -p "$out/dev/relay_attention"
+    ln -sfn "$PWD"/package/* "$PWD/plugins" "$PWD/export" "$PWD/runtime" "$out/dev/relay_attention/"
+    export PYTHONPATH="$(cd "$out/dev" && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+  fi
+  "$python" -c "$run, pytest
+sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -q -rs -s -m gpu tests/runtime/test_onnxruntime_cuda.py
+}
+
 sanitize() {
   # each tool over the small calls only: they are hundreds of times slower than the kernels
   for tool in memcheck racecheck synccheck; do
@@ -45,14 +70,16 @@ sanitize() {
 bench() { "$python" scripts/bench_gpu.py --out "$out" "$@"; }
 
 step=${1:-all}
-build
+[[ $step == ort ]] || build
 case $step in
   build) ;;
   test) run_tests ;;
+  ort) run_ort ;;
   sanitize) sanitize ;;
   bench) bench "${@:2}" ;;
   all)
     run_tests
+    run_ort
     sanitize
     bench --quick
     ;;

@@ -8,6 +8,9 @@ that a GPU, its provider or the CUDA kernels do what they should.
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -708,16 +711,24 @@ def test_gpu_tokens(wide, prompts, mode):
 
 
 @pytest.mark.gpu
-def test_gpu_graph_of_the_likeliest_tokens_stays_there(wide):
+@pytest.mark.parametrize("parts", [1, 32])
+def test_gpu_graph_of_the_likeliest_tokens_stays_there(cuda_box, parts):
+    """Every node that computes is on the GPU, and what it finds is right for a vocabulary of real size."""
     session = onnxruntime.SessionOptions()
     session.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    made = onnxruntime.InferenceSession(top_tokens_model(), session, providers=[module.CUDA])
+    model = top_tokens_model(128256, parts)
+    made = onnxruntime.InferenceSession(model, session, providers=[module.CUDA])
     placed = {
         node.op_type: part.ep_name
         for part in made.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     }
-    assert placed == {"TopK": module.CUDA, "ReduceSum": module.CUDA}
+    assert {"TopK", "ReduceSum"} <= set(placed)
+    assert set(placed.values()) == {module.CUDA}
+    logits = np.random.default_rng(0).standard_normal((33, 128256)).astype(np.float32)
+    values, ids, _ = made.run(["values", "ids", "sums"], {"logits": logits, "count": np.array([9])})
+    np.testing.assert_array_equal(values, -np.sort(-logits)[:, :9])
+    np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
 
 
 @pytest.mark.gpu
@@ -726,21 +737,144 @@ def test_gpu_refuses_float32_with_a_reason(cuda_box, artifact):
         load_backend(NAME, artifact)
 
 
-@pytest.mark.gpu
-def test_gpu_demo(cuda_box, tmp_path):
-    """The demo model, exported in float16: the CPU's greedy tokens."""
-    pytest.importorskip("transformers")
-    model = TESTS.parent / "examples" / "directory" / "model"
-    if not model.is_dir():
-        pytest.skip("the demo model is not in this checkout")
-    from relay_attention.export import export_model
+def plain_and_replayed(artifact: Artifact, max_batch: int, max_context: int) -> list[Any]:
+    """The same backend without and with graphs."""
+    backends: list[Any] = [load_backend(NAME, artifact, cuda_graph=graph) for graph in (False, True)]
+    for backend in backends:
+        backend.allocate(max_batch, max_context)
+    assert [backend.cuda_graph for backend in backends] == [False, True]
+    return backends
 
-    prompt = "Ann Miller: 4711\nBob Stone: 4712\n"
-    export_model(model, prompt, tmp_path / "demo", precision="fp16", max_context=128)
-    requests = [f"Which extension has {name}?" for name in ("Ann Miller", "Bob Stone", "Cid Moss")]
-    params = SamplingParams(max_new_tokens=16)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["static", "input"])
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_gpu_replayed_steps(wide, mode, logits):
+    """Buckets that alternate, idle rows, prefills and moves between the replays, which use the same memory:
+    the logits and caches of a backend without graphs."""
+    random = np.random.default_rng(1)
+    plain, replayed = backends = plain_and_replayed(wide[mode, logits], 11, 64)
+    lengths = np.zeros(11, np.int32)
+
+    def step(first_row: int, rows: int, query_lens: Any, sequence: int) -> None:
+        ids = random.integers(0, 250, (rows, sequence)).astype(np.int32)
+        part = slice(first_row, first_row + rows)
+        for backend in backends:
+            backend.step(first_row, ids, lengths[part], np.asarray(query_lens, np.int32))
+        found, expected = (backend.read_logits() for backend in (replayed, plain))
+        assert found.shape == expected.shape
+        valid = np.asarray(query_lens) > 0
+        np.testing.assert_allclose(found[valid], expected[valid], atol=0.05)
+        values, _ = replayed.read_top(5)
+        np.testing.assert_array_equal(values, -np.sort(-found)[:, :5])
+        lengths[part] += np.asarray(query_lens, np.int32)
+
+    step(0, 11, random.integers(1, 10, 11), 9)
+    for rows in (1, 4, 3, 1, 11, 2, 4, 8, 3, 11):
+        step(0, rows, np.ones(rows, np.int32), 1)
+        step(10, 1, [2], 3)  # as a prompt in chunks goes through the last slot
+    for backend in backends:
+        backend.move(7, 2, 9)
+    lengths[2] = 9
+    step(0, 5, [1, 0, 1, 1, 1], 1)
+    step(0, 5, [1, 1, 1, 1, 1], 1)
+    assert sorted(replayed._graphs) == [1, 2, 4, 8, 11]
+    assert all(graph.captured for graph in replayed._graphs.values())
+    for row in range(11):
+        length = int(lengths[row])
+        for found, expected in zip(*(each.read_cache(row, length) for each in backends), strict=True):
+            np.testing.assert_allclose(found, expected, atol=0.02)
+    for backend in backends:
+        backend.close()
+
+
+@pytest.mark.gpu
+def test_gpu_replay_after_another_prefix(wide, tmp_path):
+    """Graphs of the old prefix, longer or shorter, are not replayed."""
+    tiny = imported(TESTS / "runtime" / "conftest.py")
+    tiny.HEAD_DIM = 64
+    other = tiny.make_artifact(tmp_path / "other", mode="input", dtype="float16", text="Be short.")
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    artifact = wide["input", "last"]
+    with RelayDecoder.load(artifact.path, NAME, max_batch=3, cuda_graph=True) as decoder:
+        for _ in range(2):
+            for path in (artifact.path, other.path):
+                decoder.set_prefix(path)
+                found = [result.token_ids for result in decoder.generate(prompts, params)]
+                results = run(path, prompts, params, device="cuda", cuda_graph=False)
+                assert found == [result.token_ids for result in results]
+
+
+@pytest.fixture(scope="session")
+def exported(cuda_box: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Artifacts of scripts/gpu_artifacts.py: those of RELAY_GPU_ARTIFACTS, or made here."""
+    given = os.environ.get("RELAY_GPU_ARTIFACTS")
+    folder = Path(given) if given else tmp_path_factory.mktemp("exported")
+
+    def find(name: str) -> Path:
+        if not given and not folder.joinpath("demo").is_dir():
+            for package in ("transformers", "onnx_ir", "onnxruntime_genai"):
+                pytest.importorskip(
+                    package, reason=f"RELAY_GPU_ARTIFACTS is not set, and there is no {package}"
+                )
+            command = [sys.executable, str(TESTS.parent / "scripts" / "gpu_artifacts.py"), str(folder)]
+            subprocess.run(command, check=True)
+        if not (folder / name).is_dir():
+            pytest.fail(f"RELAY_GPU_ARTIFACTS has no {name}: make it with scripts/gpu_artifacts.py")
+        return folder / name
+
+    return find
+
+
+def questions(path: Path) -> list[str]:
+    """One of every person that the directory in the prefix lists."""
+    lines = (path / "system_prompt.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.rsplit(" ", 1)[0] for line in lines if line[-4:].isdigit()]
+    return [f"What is the extension of {name}?" for name in names]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["demo", "demo-input", "demo-int4"])
+def test_gpu_exported(exported, name):
+    """More requests than slots, that end at different times: right answers where the model gives them, the
+    same with graphs and without, and beside ONNX Runtime's CPU."""
+    path = exported(name)
+    requests = questions(path)[:40]
+    params = [SamplingParams(max_new_tokens=4 + index % 9) for index in range(len(requests))]
+    found = {}
+    for graph in (True, False):
+        results = run(path, requests, params, device="cuda", cuda_graph=graph, max_batch=13)
+        found[graph] = [result.token_ids for result in results]
+    expected = [result.token_ids for result in run(path, requests, params, "onnxruntime", max_batch=13)]
+    differing = [sum(a != b for a, b in zip(found[graph], expected, strict=True)) for graph in (True, False)]
+    assert max(differing) <= (1 if name != "demo-int4" else 6)
+    assert sum(a != b for a, b in zip(found[True], found[False], strict=True)) <= 1
+
+
+@pytest.mark.gpu
+def test_gpu_exported_sampling(exported):
+    """Random draws with seeds, logits read whole and in part: the same tokens with graphs and without."""
+    path = exported("demo")
+    requests = questions(path)[: len(MIXED)]
+    params = [replace(each, ignore_eos=True) for each in MIXED]
     found, expected = (
-        [result.token_ids for result in run(tmp_path / "demo", requests, params, name, **options)]
-        for name, options in ((NAME, {"device": "cuda"}), ("onnxruntime", {}))
+        [result.token_ids for result in run(path, requests, params, device="cuda", cuda_graph=graph)]
+        for graph in (True, False)
     )
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_where_shapes_are_computed(exported):
+    """GPT-2's positions come from shapes, on the CPU: replayed rightly, or the reason is said."""
+    path = exported("gpt2")
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    with RelayDecoder.load(path, NAME, max_batch=3) as decoder:
+        backend: Any = decoder._backend
+        assert backend.cuda_graph or backend.cuda_graph_reason
+        print("gpt2:", backend.cuda_graph_reason or "replayed")
+        found = [result.token_ids for result in decoder.generate(prompts, params)]
+    expected = [result.token_ids for result in run(path, prompts, params, device="cuda", cuda_graph=False)]
     assert found == expected

@@ -1,0 +1,93 @@
+"""Makes the artifacts of tests/runtime/test_onnxruntime_cuda.py for a machine that cannot export.
+
+usage: python scripts/gpu_artifacts.py FOLDER       a few MB; then, on the machine with the GPU:
+       RELAY_GPU_ARTIFACTS=FOLDER pytest -m gpu tests/runtime/test_onnxruntime_cuda.py
+
+Needs what exporting needs, and onnxruntime-genai for the quantised model. No GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+from relay_attention.export import export_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "examples" / "directory" / "model"
+
+
+def system_prompt(entries: int = 64) -> str:
+    """A directory as the demo model knows them."""
+    sys.path.insert(0, str(DEMO.parent))
+    import make_directory
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "make_directory",
+            "--seed",
+            "7",
+            "--requests",
+            "1",
+            "--entries",
+            str(entries),
+            "-o",
+            folder,
+        ]
+        with mock.patch.object(sys, "argv", command):
+            make_directory.main()
+        return (Path(folder) / "system_prompt.txt").read_text(encoding="utf-8")
+
+
+def make_int4(folder: Path) -> Path:
+    """The demo model as onnxruntime-genai builds it for CUDA, weights of 4 bits (MatMulNBits)."""
+    command = ["builder", "-i", str(DEMO), "-o", str(folder), "-p", "int4", "-e", "cuda"]
+    command += ["-c", str(folder / "cache"), "--extra_options", "hf_token=false"]
+    with mock.patch.object(sys, "argv", command):
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+    return folder
+
+
+def make_gpt2(folder: Path) -> Path:
+    """A tiny GPT-2, random: learned positions, computed in the graph from shapes."""
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=768, n_positions=1024, n_embd=128, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1,
+        initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).eval().save_pretrained(folder)
+    for path in DEMO.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt = system_prompt()
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = {
+            "demo": (DEMO, {"precision": "fp16"}),
+            "demo-input": (DEMO, {"precision": "fp16", "prefix": "input"}),
+            "demo-int4": (make_int4(Path(scratch) / "int4"), {}),
+            "gpt2": (make_gpt2(Path(scratch) / "gpt2"), {"precision": "fp16", "template": "plain"}),
+        }
+        for name, (source, options) in sources.items():
+            print(f"{name} ...", flush=True)
+            export_model(source, prompt, folder / name, max_context=128, threads=2, **options)
+    (folder / "system_prompt.txt").write_text(prompt, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
