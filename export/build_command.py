@@ -23,7 +23,7 @@ def add_build_command(subparsers: Any) -> None:
         ("--max-context", None, "tokens of one request beside the system prompt (the artifact's)"),
         ("--max-prefix", None, "tokens of a system prompt that is an input (the artifact's)"),
         ("--workspace", None, "MiB of scratch that TensorRT may use (its own choice)"),
-        ("--optimization-level", None, "effort of TensorRT's builder, 0 (quick plan) to 5 (its own choice)"),
+        ("--optimization-level", None, "effort of TensorRT's builder, from 0, quick, to 5 (its own choice)"),
         ("--device", 0, "index of the GPU"),
     )
     for name, default, text in sizes:

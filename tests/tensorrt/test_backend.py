@@ -531,10 +531,12 @@ def test_compare_with_onnxruntime(gpu: Gpu, artifact: Path, monkeypatch: pytest.
 def test_build_command(gpu: Gpu, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from relay_attention.cli import main
 
-    assert main(["build", str(artifact), "--max-batch", "6", "--chunk", "16", "--workspace", "64"]) == 0
+    sizes = ["--max-batch", "6", "--chunk", "16", "--workspace", "64", "--optimization-level", "2"]
+    assert main(["build", str(artifact), *sizes]) == 0
     (plan,) = artifact.glob("engine/*.plan")
     assert capsys.readouterr().out.strip() == str(plan)
     assert gpu.config.limits == {"WORKSPACE": 64 << 20}  # type: ignore[attr-defined]
+    assert gpu.config.builder_optimization_level == 2  # type: ignore[attr-defined]
     gpu.devices = 0
     assert main(["build", str(artifact)]) == 2
     assert "no NVIDIA GPU" in capsys.readouterr().err
