@@ -42,4 +42,4 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 
 
 def _is_gather(node: ir.Node) -> bool:
-    return node.op_type == "GatherND" and node.name == "last_token/gather"
+    return bool(node.op_type == "GatherND" and node.name == "last_token/gather")
