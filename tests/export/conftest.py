@@ -28,7 +28,8 @@ def _load(name: str) -> ModuleType:
 
 
 tiny_models = _load("tiny_models")
-_load("onnx_decoders")  # tests import it by name
+for _name in ("onnx_decoders", "torch_exports"):  # tests import them by name
+    _load(_name)
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@ graphs, external data, and what is refused."""
 
 from __future__ import annotations
 
-import logging
 import resource
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +13,9 @@ from typing import Any
 import onnx
 import onnx_decoders as d  # conftest.py has loaded it
 import pytest
-import torch
 import transformers
 from onnx import TensorProto, helper
+from torch_exports import make_onnx  # likewise
 
 from relay_attention.errors import ExportError
 from relay_attention.export import export_model, verify
@@ -30,86 +28,6 @@ from relay_attention.runtime.artifact import Artifact
 def folder(tiny: ModuleType, tmp_path: Path) -> Path:
     """A decoder of the tests' own, with attention written out."""
     return d.save(tmp_path / "model", d.decoder(d.decomposed()), tiny.make_tokenizer)
-
-
-class _WithPast(torch.nn.Module):
-    """A transformers model as exporters wrap it: flat inputs, past keys and values in, all of them out."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
-        cache = transformers.DynamicCache()
-        for layer, (key, value) in enumerate(past):
-            cache.update(key, value, layer)
-        result = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return result.logits, [(layer.keys, layer.values) for layer in result.past_key_values.layers]
-
-
-_ROWS = ("input_ids", "attention_mask", "position_ids")
-
-
-def _torch_export(
-    tiny: ModuleType, folder: Path, config: Any, opset: int, attention: str, dynamo: bool = True
-) -> Path:
-    """A Hugging Face folder in folder/source, its graph with past keys and values in folder.
-
-    dynamo: the exporter of today; False for the one through TorchScript, which optimum uses.
-    """
-    source = tiny.make_model(folder / "source", config)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention).eval()
-    layers, heads = (
-        config.num_hidden_layers,
-        getattr(config, "num_key_value_heads", config.num_attention_heads),
-    )
-    past = [tuple(torch.randn(2, heads, 5, tiny.HEAD_DIM) for _ in range(2)) for _ in range(layers)]
-    positions = torch.arange(5, 8).expand(2, 3).contiguous()
-    inputs = (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64), positions, past)
-    kinds = [f"{layer}.{what}" for layer in range(layers) for what in ("key", "value")]
-    names = {
-        "input_names": [*_ROWS, *(f"past_key_values.{kind}" for kind in kinds)],
-        "output_names": ["logits", *(f"present.{kind}" for kind in kinds)],
-    }
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        if dynamo:
-            any_size = torch.export.Dim.DYNAMIC
-            sizes = [{0: any_size, 1: any_size}] * 3 + [[({0: any_size, 2: any_size},) * 2] * layers]
-            program = torch.onnx.export(
-                _WithPast(model).eval(),
-                inputs,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=tuple(sizes),
-                verbose=False,
-                **names,
-            )
-            assert program is not None
-            program.save(folder / "model.onnx")
-        else:
-            named = {name: {0: "batch", 1: "sequence"} for name in _ROWS}
-            named["attention_mask"] = {0: "batch", 1: "past + sequence"}
-            named |= {f"past_key_values.{kind}": {0: "batch", 2: "past"} for kind in kinds}
-            torch.onnx.export(
-                _WithPast(model).eval(),
-                inputs,
-                folder / "model.onnx",
-                dynamo=False,
-                opset_version=opset,
-                dynamic_axes=named,
-                **names,
-            )
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(source / name, folder / name)
-    return folder
 
 
 _BASE = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 1}
@@ -142,7 +60,8 @@ TRACED = {
 @pytest.mark.parametrize("name", TRACED)
 def test_what_torch_exports_decodes_as_transformers_does(tiny: ModuleType, tmp_path: Path, name: str) -> None:
     opset, attention, config, windows, softcap = TRACED[name]
-    source = _torch_export(tiny, tmp_path, config(tiny), opset, attention)
+    model = tiny.make_model(tmp_path / "source", config(tiny))
+    source = make_onnx(tmp_path / "onnx", model, opset, attention)
     output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
     manifest = Artifact.open(output).manifest
     assert manifest.source["kind"] == "onnx"
@@ -155,7 +74,7 @@ def test_what_torch_exports_decodes_as_transformers_does(tiny: ModuleType, tmp_p
     assert attributes["softcap"].f == softcap
     # rotary embedding went into the op, whether written out or a RotaryEmbedding
     assert attributes["do_rotary"].i == ("gpt2" not in name)
-    _check(output, source / "source")
+    _check(output, model)
 
 
 def _check(output: Path, source: Path) -> None:
@@ -170,10 +89,11 @@ def test_torchscript_graphs_and_what_onnx_runtimes_optimiser_makes_of_them(
     """No shapes in the first, fused normalisation and com.microsoft.RotaryEmbedding in the second."""
     from onnxruntime.transformers import optimizer
 
-    source = _torch_export(tiny, tmp_path, tiny.CONFIGS["mistral"](), 17, "sdpa", dynamo=False)
+    model = tiny.make_model(tmp_path / "source", tiny.CONFIGS["mistral"]())
+    source = make_onnx(tmp_path / "onnx", model, 17, dynamo=False)
     output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
     assert Artifact.open(output).manifest.geometry.local_window_size == (24, 24)
-    _check(output, source / "source")
+    _check(output, model)
     fused = optimizer.optimize_model(
         str(source / "model.onnx"), model_type="gpt2", num_heads=tiny.HEADS, hidden_size=64, opt_level=0
     )
@@ -182,7 +102,7 @@ def test_torchscript_graphs_and_what_onnx_runtimes_optimiser_makes_of_them(
     fused.save_model_to_file(str(source / "model.onnx"))
     output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "fused", template="plain", threads=1)
     assert Artifact.open(output).manifest.geometry.local_window_size == (24, 24)
-    _check(output, source / "source")
+    _check(output, model)
 
 
 def _merge(folder: Path) -> None:
