@@ -74,6 +74,9 @@ class Memory(Protocol):
     def run(self, session: Any, binding: Any, options: Any) -> None:
         """Runs a session with an IOBinding of arrays of this memory, after what was asked for before."""
 
+    def wait(self) -> None:
+        """Until all that was asked for is done."""
+
     def close(self) -> None:
         """Frees what this object itself holds, not its arrays."""
 
@@ -122,6 +125,9 @@ class HostMemory:
 
     def run(self, session: Any, binding: Any, options: Any) -> None:
         session.run_with_iobinding(binding, options)
+
+    def wait(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,8 +181,10 @@ class DeviceMemory:
     def run(self, session: Any, binding: Any, options: Any) -> None:
         session.run_with_iobinding(binding, options)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         self._stream.synchronize()
+
+    def close(self) -> None:
         self._staging.clear()
         self._pinned.free()
         self._stream.close()
@@ -309,6 +312,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBase):
 
     def close(self) -> None:
         """See `backend.Backend`."""
+        with suppress(BackendError):  # a GPU that has failed fails in this too
+            self._memory.wait()  # a step whose logits nobody read still writes to what is freed now
         self._top.close()
         self._graphs.clear()
         super().close()

@@ -308,11 +308,6 @@ def write_model(model: Model, folder: Path) -> Artifact:
 # The two sides
 
 
-def wait(memory: Memory) -> None:
-    if isinstance(memory, cuda_backend.DeviceMemory):
-        memory._stream.synchronize()
-
-
 class Gqa:
     """GroupQueryAttention with the prompt in every request's cache, in place, driven by addresses alone."""
 
@@ -376,7 +371,7 @@ class Gqa:
         for row in range(batch):
             target = cache.address + row * heads * pitch
             cuda.call("cudaMemcpy2DAsync", target, pitch, tensor.address, width, width, heads, kind, stream)
-        wait(self.memory)  # the tensor goes now
+        self.memory.wait()  # the tensor goes now
 
     def step(self, input_ids: Any, context_lens: Any, graph: bool) -> None:
         """input_ids [n, 1]; context_lens [n]: tokens of each request beside the prefix."""
@@ -407,6 +402,7 @@ class Gqa:
         self.memory.run(self.session, binding.io, options)
 
     def close(self) -> None:
+        self.memory.wait()
         self.bindings.clear()
         self.top.close()
         self.caches.clear()
@@ -486,7 +482,7 @@ def time_relay(
 
             def step(arrays: Any = (ids, lens, ones)) -> None:
                 backend.step(0, *arrays)
-                wait(backend._memory)
+                backend._memory.wait()
 
             def token(arrays: Any = (ids, lens, ones)) -> None:
                 backend.step(0, *arrays)
@@ -564,7 +560,7 @@ def time_gqa(
 
                 def step(graph: bool = graph, arrays: Any = (ids, lens)) -> None:
                     gqa.step(*arrays, graph)
-                    wait(gqa.memory)
+                    gqa.memory.wait()
 
                 def token(graph: bool = graph, arrays: Any = (ids, lens)) -> None:
                     gqa.step(*arrays, graph)

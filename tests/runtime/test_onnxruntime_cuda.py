@@ -327,7 +327,10 @@ class FakeRuns:
     def __init__(self, gpu: Any):
         self.gpu = gpu
         self.graphs: dict[tuple[int, int], Any] = {}  # by session and graph id: the captured binding
-        self.launches: list[str] = []  # "run" or "graph", and the shape of the input_ids, as they ran
+        self.launches: list[
+            str
+        ] = []  # "run" or "graph", and the shape of the input_ids, as they were asked for
+        self.asked = self.done = 0  # runs of any session
         self.fail: Callable[[int], bool] = lambda graph_id: False  # whether a capture fails
 
     def run(self, memory: Any, session: Any, io: Any, options: Any) -> None:
@@ -344,6 +347,10 @@ class FakeRuns:
             times = 1
 
         def work() -> None:
+            for (_, name), (_, _, dtype, shape, address) in bound.items():
+                if name.startswith(("past", "present")):
+                    self.gpu.view(address, int(np.prod(shape)) * np.dtype(dtype).itemsize)  # not freed yet
+            self.done += 1
             made = session.original_io_binding()
             for (kind, name), what in bound.items():
                 getattr(made, kind)(name, *what)
@@ -353,6 +360,7 @@ class FakeRuns:
         if captures:
             shape = "x".join(map(str, bound["bind_input", "input_ids"][3]))
             self.launches.append(f"{'run' if graph_id < 0 else 'graph'} {shape}")
+        self.asked += 1
         memory._stream._stream.add(work)
 
 
@@ -392,6 +400,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setattr(onnxruntime.InferenceSession, "io_binding", recorded_binding)
     with fake.installed(made, tmp_path / "none.so"):
         yield made
+        assert made.runs.done == made.runs.asked  # and on memory that was still there
 
 
 def load_over_fake(path: Path, **options: Any) -> RelayDecoder:
@@ -551,6 +560,15 @@ def test_only_what_has_changed_is_bound(gpu, artifact, monkeypatch):
                 backend.step(first_row, token, np.int32([step]), length)
         assert np.isfinite(backend.read_logits()).all()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_close_waits_for_a_step_that_nobody_read(gpu, artifact, cuda_graph):
+    backend = load_backend(NAME, artifact, cuda_graph=cuda_graph)
+    backend.allocate(2, 16)
+    backend.step(0, np.int32([[5]]), np.int32([0]), np.int32([1]))
+    backend.close()
+    assert gpu.runs.done == 1 + cuda_graph
 
 
 def test_buckets():
