@@ -50,9 +50,9 @@ sys.exit('CUDAExecutionProvider' not in onnxruntime.get_available_providers())" 
     return
   fi
   if ! "$python" -c "import relay_attention.runtime" 2>/dev/null; then # the package under its own name
-    mkdir -p "$out/dev/relay_attention"
-    ln -sfn "$PWD"/package/* "$PWD/plugins" "$PWD/export" "$PWD/runtime" "$out/dev/relay_attention/"
-    export PYTHONPATH="$(cd "$out/dev" && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+    mkdir -p build/gpu/dev/relay_attention
+    ln -sfn "$PWD"/package/* "$PWD/plugins" "$PWD/export" "$PWD/runtime" build/gpu/dev/relay_attention/
+    export PYTHONPATH="$PWD/build/gpu/dev${PYTHONPATH:+:$PYTHONPATH}"
   fi
   "$python" -c "$run, pytest
 sys.exit(pytest.main(sys.argv[1:]))" -p no:cacheprovider -q -rs -s -m gpu tests/runtime/test_onnxruntime_cuda.py
