@@ -193,9 +193,9 @@ def _max_positions(config: dict[str, Any], file: Path) -> int:
         kind = part.get("rope_type", part.get("type"))
         if kind in _LENGTH_DEPENDENT_ROPE:
             raise ExportError(
-                f"{file}: rotary embedding of type {kind!r} depends on the length of each request and "
-                "cannot share "
-                "a prefix; it is not supported"
+                f"{file}: rotary embedding of type {kind!r} ({CONFIG_NAME}) depends on the length of each "
+                "request, and a traced graph holds the frequencies of one length without saying which: "
+                "export the Hugging Face folder instead, whose frequencies can be fixed to those of a prefix"
             )
     for name in _POSITIONS:
         value = text.get(name)

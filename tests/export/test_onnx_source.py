@@ -338,7 +338,7 @@ def test_graphs_that_are_no_plain_decoders_are_refused_by_name(
     [
         ({"is_encoder_decoder": True}, r"TestDecoder is an encoder-decoder"),
         ({"n_positions": None}, r"does not say how many positions"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"'dynamic' depends on the length"),
+        ({"rope_scaling": {"type": "dynamic"}}, r"'dynamic' \(config\.json\) depends on the length"),
     ],
 )
 def test_what_the_config_says_is_heeded(
