@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from relay_attention.errors import ArtifactError, BackendError, RelayError
 from relay_attention.runtime import Artifact, RelayDecoder, SamplingParams
 from relay_attention.runtime import backend as backend_module
-from relay_attention.runtime.artifact import FileEntry
+from relay_attention.runtime.artifact import FileEntry, IoNames
 from relay_attention.runtime.backend import load_backend
 
 
@@ -224,6 +225,32 @@ def test_weights_too_large_for_copies(load, artifact, monkeypatch):
     answers = []
     for mapped in (False, True):
         with load(mapped_weights=mapped) as decoder:
+            answers.append([result.token_ids for result in decoder.generate([[5, 6, 7], [9]], greedy)])
+    assert answers[0] == answers[1]
+
+
+def test_names_of_inputs_and_outputs_are_the_manifests(artifact, load, tmp_path):
+    folder = Path(shutil.copytree(artifact.path, tmp_path / "renamed"))
+    manifest = artifact.manifest
+    old = dataclasses.asdict(manifest.io)
+    new = {field: f"my_{field}" + ("_of_{layer}" if "{layer}" in name else "") for field, name in old.items()}
+    layers = range(manifest.geometry.num_layers)
+    names = {
+        old[field].format(layer=layer): new[field].format(layer=layer) for field in old for layer in layers
+    }
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.graph.value_info):
+        value.name = names.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    onnx.save(model, folder / "model.onnx")
+    files = manifest.files | {"model.onnx": FileEntry.of(folder / "model.onnx")}
+    dataclasses.replace(manifest, io=IoNames(**new), files=files).write(folder / "relay.json")
+    greedy = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    answers = []
+    for path in (artifact.path, folder):
+        with load(path) as decoder:
             answers.append([result.token_ids for result in decoder.generate([[5, 6, 7], [9]], greedy)])
     assert answers[0] == answers[1]
 
