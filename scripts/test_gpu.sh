@@ -23,7 +23,9 @@ build() {
   for source in plugins/cuda/*.cu plugins/cuda/*.cpp; do
     local object="$folder/$(basename "$source").o"
     objects+=("$object")
-    nvcc -std=c++17 -O3 -arch="$arch" -Xcompiler -fPIC -I. -c "$source" -o "$object" &
+    local target=(-arch="$arch")
+    [[ $source != */hopper_* ]] || target=(-gencode "arch=compute_90a,code=sm_90a")
+    nvcc -std=c++17 -O3 "${target[@]}" -Xcompiler -fPIC -I. -c "$source" -o "$object" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid"; done

@@ -11,12 +11,11 @@
 // The barrier needs all blocks resident at once: launch.cu launches cooperatively.
 #pragma once
 
+#include "merge.cuh"
 #include "rotary.cuh"
 #include "schedule.cuh"
 
 namespace relay::cuda {
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 // A tile row is head_dim elements in 16-byte chunks. Within each group of 8 chunks (4 for head_dim 96) they
 // are permuted by the row, so that eight rows of one column meet all 32 banks.
@@ -76,6 +75,7 @@ class Attention {
 
   __device__ __forceinline__ void run() {
     prefetch_prefix();
+    const GridBarrier barrier(a.barrier);
     schedule.build(scratch());
     const int worker = blockIdx.x;
     int unit = worker < schedule.totals().workers ? schedule.begin(worker) : schedule.totals().units;
@@ -107,12 +107,11 @@ class Attention {
       if (unit < end) tile = schedule.find(unit, tile.request);
     }
     copy_async_wait<0>();
-    grid_barrier();
-    if (schedule.totals().tokens * p.num_heads > static_cast<int>(gridDim.x)) {
-      merge<1>();
-    } else {
-      merge<kWarps>();
-    }
+    synchronize();
+    if (threadIdx.x == 0) barrier.arrive();
+    float* sums = reinterpret_cast<float*>(query_tile());
+    float* weights = reinterpret_cast<float*>(scratch());
+    merge<T, kHeadDim, kWarps>(a, schedule, *this, barrier, sums, weights);
   }
 
  private:
@@ -509,18 +508,11 @@ class Attention {
       }
     }
 
-    float* partial_output;
-    float* partial_lse;
-    if (is_head) {
-      const int64_t row =
-          (int64_t{tile.is_context} * p.kv_num_heads + tile.kv_head) * a.max_rows + tile.packed_row;
-      partial_output = a.head_output + row * kHeadDim;
-      partial_lse = a.head_lse + row;
-    } else {
-      const int64_t row = int64_t{blockIdx.x} * a.tail_rows;
-      partial_output = a.tail_output + row * kHeadDim;
-      partial_lse = a.tail_lse + row;
-    }
+    const int64_t partial =
+        is_head ? (int64_t{tile.is_context} * p.kv_num_heads + tile.kv_head) * a.max_rows + tile.packed_row
+                : a.first_tail + int64_t{blockIdx.x} * a.tail_rows;
+    float* partial_output = a.partial_output + partial * kHeadDim;
+    float* partial_lse = a.partial_lse + partial;
 
 #pragma unroll
     for (int m = 0; m < kBands; ++m) {
@@ -614,191 +606,31 @@ class Attention {
   }
 
   // ---- merge ----
-  // All blocks of the grid arrive, then all go on. The words are left ready for the next launch: the count
-  // wraps to 0 by itself, the epoch may start from anything.
-  __device__ __forceinline__ void grid_barrier() const {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      uint32_t* count = a.barrier;
-      uint32_t* epoch = a.barrier + 32;  // a line of its own
-      const uint32_t before = load_acquire(epoch);
-      __threadfence();
-      if (atomicInc(count, gridDim.x - 1) == gridDim.x - 1) {
-        __threadfence();
-        store_release(epoch, before + 1);
-      } else {
-        while (load_acquire(epoch) == before) pause_spin();
-      }
-      __threadfence();
-    }
-    __syncthreads();
-  }
-
-  // The partials of one row of a tile: the head, then the tails of the workers after the first.
-  struct Partials {
-    int count;
-    int64_t head;
-    int64_t first_tail;  // tail k (k >= 1) is row first_tail + k * tail_rows
-  };
-
   __device__ __forceinline__ Partials partials_of(int first_unit, int units, int kind, int kv_head,
                                                   int packed_row, int row_in_tile) const {
-    Partials partials;
     const int first = schedule.owner(first_unit);
+    Partials partials;
     partials.count = schedule.owner(first_unit + units - 1) - first + 1;
-    partials.head = (int64_t{kind} * p.kv_num_heads + kv_head) * a.max_rows + packed_row;
-    partials.first_tail = int64_t{first} * a.tail_rows + row_in_tile;
+    partials.head = (kind * p.kv_num_heads + kv_head) * a.max_rows + packed_row;
+    partials.first_tail = a.first_tail + first * a.tail_rows + row_in_tile;
+    partials.stride = a.tail_rows;
     return partials;
   }
 
-  __device__ __forceinline__ const float* lse_of(const Partials& from, int part) const {
-    return part == 0 ? a.head_lse + from.head : a.tail_lse + from.first_tail + int64_t{part} * a.tail_rows;
+ public:  // for merge()
+  __device__ __forceinline__ Partials prefix_partials(int kv_head, int packed) const {
+    const int blocks = schedule.totals().prefix_blocks;
+    const int tile = kv_head * schedule.totals().prefix_tiles + packed / kPrefixRows;
+    return partials_of(tile * blocks, blocks, 0, kv_head, packed, packed % kPrefixRows);
   }
-  __device__ __forceinline__ const float* output_of(const Partials& from, int part) const {
-    return part == 0 ? a.head_output + from.head * kHeadDim
-                     : a.tail_output + (from.first_tail + int64_t{part} * a.tail_rows) * kHeadDim;
+  __device__ __forceinline__ Partials context_partials(int request, int kv_head, int packed) const {
+    const int row = packed - schedule.token_start()[request] * schedule.totals().group;
+    const int blocks = schedule.context_blocks(request);
+    const int tile = kv_head * schedule.context_tiles(request) + row / kContextRows;
+    return partials_of(schedule.totals().prefix_units + schedule.unit_start()[request] + tile * blocks,
+                       blocks, 1, kv_head, packed, row % kContextRows);
   }
-
-  // Rows are dealt out over the warps of the grid (kRowWarps = 1) or over its blocks, whose warps then each
-  // take a quarter of the partials (kRowWarps = 4: few rows of many partials).
-  template <int kRowWarps>
-  __device__ __forceinline__ void merge() const {
-    constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
-    constexpr int kVectors = kHeadDim / (32 * kVector);  // of each lane
-    constexpr int kAhead = 8;                            // partials read at a time
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int step = kRowWarps == 1 ? gridDim.x * kWarps : gridDim.x;
-    const int rows = schedule.totals().tokens * p.num_heads;
-    for (int index = kRowWarps == 1 ? blockIdx.x * kWarps + warp : blockIdx.x; index < rows; index += step) {
-      const int token = index / p.num_heads, head = index - token * p.num_heads;
-      const int kv_head = head / schedule.totals().group;
-      const int packed = token * schedule.totals().group + head - kv_head * schedule.totals().group;
-      const int request = schedule.request_of_token()[token];
-      const int request_row = packed - schedule.token_start()[request] * schedule.totals().group;
-
-      Partials prefix{0, 0, 0};
-      if (schedule.totals().prefix_blocks > 0) {
-        const int tile = kv_head * schedule.totals().prefix_tiles + packed / kPrefixRows;
-        prefix = partials_of(tile * schedule.totals().prefix_blocks, schedule.totals().prefix_blocks, 0,
-                             kv_head, packed, packed % kPrefixRows);
-      }
-      const int blocks = schedule.context_blocks(request);
-      const int tile = kv_head * schedule.context_tiles(request) + request_row / kContextRows;
-      const Partials context =
-          partials_of(schedule.totals().prefix_units + schedule.unit_start()[request] + tile * blocks, blocks,
-                      1, kv_head, packed, request_row % kContextRows);
-      const int count = prefix.count + context.count;
-      const int share = (count + kRowWarps - 1) / kRowWarps;
-      const int begin = kRowWarps == 1 ? 0 : min(warp * share, count);
-      const int end = kRowWarps == 1 ? count : min(begin + share, count);
-
-      float highest = -INFINITY, total = 0;
-      float x[kVectors][kVector] = {};
-      for (int base = begin; base < end; base += 32) {
-        const int here = min(32, end - base);
-        float lse = -INFINITY;
-        if (lane < here) {
-          const int k = base + lane;
-          lse = load_other_block(k < prefix.count ? lse_of(prefix, k) : lse_of(context, k - prefix.count));
-        }
-        float part[kAhead][kVectors][kVector];
-        const auto read_ahead = [&](int first) {
-#pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            if (first + j >= here) continue;
-            const int k = base + first + j;
-            const float* from =
-                k < prefix.count ? output_of(prefix, k) : output_of(context, k - prefix.count);
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v) load_vector(part[j][v], from + (v * 32 + lane) * kVector);
-          }
-        };
-        read_ahead(0);  // under way together with the lse
-        float new_highest = fmaxf(highest, lse);
-        for (int distance = 16; distance > 0; distance /= 2)
-          new_highest = fmaxf(new_highest, __shfl_xor_sync(kAllLanes, new_highest, distance));
-        const float shift = new_highest == -INFINITY ? 0 : new_highest;
-        const float decay = exp2_fast(highest - shift);
-        const float weight = exp2_fast(lse - shift);
-        highest = new_highest;
-        total *= decay;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-          for (int i = 0; i < kVector; ++i) x[v][i] *= decay;
-        for (int first = 0; first < here; first += kAhead) {
-          if (first > 0) read_ahead(first);
-#pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            const float w = __shfl_sync(kAllLanes, weight, (first + j) % 32);
-            if (first + j >= here) continue;
-            total += w;
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-              for (int i = 0; i < kVector; ++i) x[v][i] += w * part[j][v][i];
-          }
-        }
-      }
-
-      const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
-      uint16_t* output = static_cast<uint16_t*>(p.output) +
-                         ((int64_t{request} * p.sequence + s) * p.num_heads + head) * kHeadDim;
-      if constexpr (kRowWarps == 1) {
-        const float scale = total == 0 ? 0 : 1 / total;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          uint16_t* target = output + (v * 32 + lane) * kVector;
-          if constexpr (kVector == 1) {
-            *target = static_cast<uint16_t>(T::pack(x[v][0] * scale, 0));
-          } else {
-#pragma unroll
-            for (int i = 0; i < kVector; i += 2)
-              reinterpret_cast<uint32_t*>(target)[i / 2] = T::pack(x[v][i] * scale, x[v][i + 1] * scale);
-          }
-        }
-      } else {
-        float* sums = reinterpret_cast<float*>(query_tile());  // [4, D]
-        float* warp_scratch = reinterpret_cast<float*>(scratch());
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-          for (int i = 0; i < kVector; ++i) sums[warp * kHeadDim + (v * 32 + lane) * kVector + i] = x[v][i];
-        if (lane == 0) {
-          warp_scratch[warp] = highest;
-          warp_scratch[kWarps + warp] = total;
-        }
-        __syncthreads();
-        float peak = -INFINITY;
-        for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, warp_scratch[w]);
-        for (int column = threadIdx.x * 2; column < kHeadDim; column += kThreads * 2) {
-          float sum = 0, low = 0, high = 0;
-          for (int w = 0; w < kWarps; ++w) {
-            const float weight = exp2_fast(warp_scratch[w] - (peak == -INFINITY ? 0 : peak));
-            sum += weight * warp_scratch[kWarps + w];
-            low += weight * sums[w * kHeadDim + column];
-            high += weight * sums[w * kHeadDim + column + 1];
-          }
-          const float scale = sum == 0 ? 0 : 1 / sum;
-          reinterpret_cast<uint32_t*>(output)[column / 2] = T::pack(low * scale, high * scale);
-        }
-        __syncthreads();
-      }
-    }
-  }
-
-  template <int kVector>
-  __device__ __forceinline__ static void load_vector(float (&x)[kVector], const float* from) {
-    if constexpr (kVector == 4) {
-      const float4 y = load_other_block(reinterpret_cast<const float4*>(from));
-      x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
-    } else if constexpr (kVector == 2) {
-      const float2 y = load_other_block(reinterpret_cast<const float2*>(from));
-      x[0] = y.x, x[1] = y.y;
-    } else {
-      x[0] = load_other_block(from);
-    }
-  }
+  __device__ __forceinline__ static void synchronize() { __syncthreads(); }
 };
 
 template <class T, int kHeadDim, int kPrefixRows, int kContextRows>

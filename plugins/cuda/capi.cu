@@ -56,11 +56,12 @@ RELAY_API relay_attention_empty_launch(const RelayParams* params, const RelayTun
   Plan plan{};
   const Status status = plan_for_device(*params, *tuning, &plan, message, message_size);
   if (status != Status::kOk) return static_cast<int>(status);
+  const int threads = plan.hopper ? kHopperThreads : kThreads;
   cudaError_t error = cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(plan.shared_bytes));
   if (error == cudaSuccess)
     error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(empty_kernel), dim3(plan.grid),
-                                        dim3(kThreads), nullptr, plan.shared_bytes,
+                                        dim3(threads), nullptr, plan.shared_bytes,
                                         static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return 0;
   cudaGetLastError();

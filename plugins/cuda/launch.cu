@@ -1,3 +1,4 @@
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "hopper.h"
 #include "kernels.h"
 #include "launch.h"
 #include "plan.h"
@@ -65,14 +67,14 @@ Status device_limits(int device, DeviceLimits* limits, char* message, size_t mes
                device, major);
     return Status::kUnsupported;
   }
-  *limits = {sm, static_cast<size_t>(per_block), static_cast<size_t>(per_sm)};
+  *limits = {major, sm, static_cast<size_t>(per_block), static_cast<size_t>(per_sm)};
   cache().limits[device] = *limits;
   return Status::kOk;
 }
 
 // Blocks of `kernel` that one multiprocessor holds; also lets the kernel have so much shared memory.
-Status blocks_per_sm(int device, const void* kernel, const DeviceLimits& limits, size_t shared_bytes,
-                     int* blocks, char* message, size_t message_size) {
+Status blocks_per_sm(int device, const void* kernel, const DeviceLimits& limits, int threads,
+                     size_t shared_bytes, int* blocks, char* message, size_t message_size) {
   std::lock_guard<std::mutex> lock(cache().mutex);
   const auto key = std::make_tuple(device, kernel, shared_bytes);
   const auto known = cache().blocks_per_sm.find(key);
@@ -88,7 +90,7 @@ Status blocks_per_sm(int device, const void* kernel, const DeviceLimits& limits,
   RELAY_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared),
                  "choosing the shared memory carveout");
-  RELAY_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, kThreads, shared_bytes),
+  RELAY_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared_bytes),
                  "asking for the occupancy");
   cache().blocks_per_sm[key] = *blocks;
   return Status::kOk;
@@ -102,6 +104,89 @@ Status launch_reference(const RelayParams& params, const Kernels& kernels, cudaS
   kernels.reference_attention<<<p.batch * p.sequence * p.num_heads, 32, 0, stream>>>(p);
   RELAY_CUDA_TRY(cudaGetLastError(), "launching the reference kernels");
   return Status::kOk;
+}
+
+HopperKernel find_hopper_kernel(const RelayParams& p) {
+  switch (p.head_dim) {
+    case 32:
+      return hopper_kernel_32(p.dtype);
+    case 64:
+      return hopper_kernel_64(p.dtype);
+    case 96:
+      return hopper_kernel_96(p.dtype);
+    default:
+      return hopper_kernel_128(p.dtype);  // plan_hopper admits no other
+  }
+}
+
+// The driver's encoder of tensor maps, found at run time: nothing here links the driver's library.
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+Status find_encoder(EncodeTensorMap* encode, char* message, size_t message_size) {
+  static const EncodeTensorMap found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &result);
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+      cudaGetLastError();
+      function = nullptr;
+    }
+    return reinterpret_cast<EncodeTensorMap>(function);
+  }();
+  *encode = found;
+  if (found != nullptr) return Status::kOk;
+  if (message != nullptr && message_size > 0)
+    snprintf(message, message_size,
+             "the NVIDIA driver has no cuTensorMapEncodeTiled: RelayAttention on Hopper needs a driver for "
+             "CUDA 12 or "
+             "later");
+  return Status::kUnsupported;
+}
+
+// [heads, rows, head_dim] as the copy engine sees it. An empty tensor keeps an empty map, which no work
+// refers to.
+Status encode_tensor_map(EncodeTensorMap encode, TensorMap* map, const void* tensor, const RelayParams& p,
+                         int64_t heads, int64_t rows, char* message, size_t message_size) {
+  *map = TensorMap{};
+  if (heads == 0 || rows == 0) return Status::kOk;
+  const cuuint64_t atom = atom_elements(p.head_dim), row_bytes = cuuint64_t{2} * p.head_dim;
+  const cuuint64_t sizes[] = {atom, static_cast<cuuint64_t>(rows), p.head_dim / atom,
+                              static_cast<cuuint64_t>(heads)};
+  const cuuint64_t strides[] = {row_bytes, 2 * atom, row_bytes * rows};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(atom), kBlockKeys,
+                            static_cast<cuuint32_t>(p.head_dim / atom), 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const CUresult result = encode(
+      map, p.dtype == DataType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(tensor), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      atom == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return Status::kOk;
+  if (message != nullptr && message_size > 0)
+    snprintf(
+        message, message_size, "CUDA error %d while describing a tensor of %lld heads of %lld rows of %d",
+        static_cast<int>(result), static_cast<long long>(heads), static_cast<long long>(rows), p.head_dim);
+  return Status::kCudaError;
+}
+
+Status encode_tensor_maps(const RelayParams& p, HopperArguments* arguments, char* message,
+                          size_t message_size) {
+  EncodeTensorMap encode = nullptr;
+  Status status = find_encoder(&encode, message, message_size);
+  const int64_t caches = int64_t{p.batch} * p.kv_num_heads;
+  const struct {
+    TensorMap* map;
+    const void* tensor;
+    int64_t heads, rows;
+  } maps[] = {{&arguments->prefix_key, p.prefix_key, p.kv_num_heads, p.prefix_length},
+              {&arguments->prefix_value, p.prefix_value, p.kv_num_heads, p.prefix_length},
+              {&arguments->present_key, p.present_key, caches, p.max_context},
+              {&arguments->present_value, p.present_value, caches, p.max_context}};
+  for (const auto& m : maps)
+    if (status == Status::kOk)
+      status = encode_tensor_map(encode, m.map, m.tensor, p, m.heads, m.rows, message, message_size);
+  return status;
 }
 
 }  // namespace
@@ -125,9 +210,11 @@ Status plan_for_device(const RelayParams& params, const RelayTuning& tuning, Pla
   if (status != Status::kOk) return status;
   status = make_plan(params, tuning, limits, plan, message, message_size);
   if (status != Status::kOk) return status;
-  const void* kernel = reinterpret_cast<const void*>(find_kernels(params, *plan).attention);
+  const void* kernel = plan->hopper ? reinterpret_cast<const void*>(find_hopper_kernel(params))
+                                    : reinterpret_cast<const void*>(find_kernels(params, *plan).attention);
   int blocks = 0;
-  status = blocks_per_sm(device, kernel, limits, plan->shared_bytes, &blocks, message, message_size);
+  status = blocks_per_sm(device, kernel, limits, plan->hopper ? kHopperThreads : kThreads, plan->shared_bytes,
+                         &blocks, message, message_size);
   if (status != Status::kOk) return status;
   if (blocks < 1) {
     if (message != nullptr && message_size > 0)
@@ -164,7 +251,7 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
   const Kernels kernels = find_kernels(params, plan);
   if (tuning.algorithm == 1) return launch_reference(params, kernels, stream, message, message_size);
 
-  const size_t needed = workspace_layout(params, plan.tokens_per_launch, plan.grid).total;
+  const size_t needed = plan_workspace(params, plan).total;
   if (workspace == nullptr || workspace_size < needed) {
     if (message != nullptr && message_size > 0)
       snprintf(message, message_size, "the workspace has %zu bytes, %zu are needed", workspace_size, needed);
@@ -185,16 +272,27 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(plan.hopper ? kHopperThreads : kThreads);
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  HopperArguments hopper{};
+  if (plan.hopper) {
+    status = encode_tensor_maps(params, &hopper, message, message_size);
+    if (status != Status::kOk) return status;
+  }
   for (int i = 0; i < plan.launches; ++i) {
     const KernelArguments arguments = kernel_arguments(params, plan, i, workspace, barrier);
     if (barrier == nullptr && i == 0)
       RELAY_CUDA_TRY(cudaMemsetAsync(arguments.barrier, 0, kBarrierBytes, stream), "clearing the barrier");
-    RELAY_CUDA_TRY(cudaLaunchKernelEx(&config, kernels.attention, arguments), "launching RelayAttention");
+    if (plan.hopper) {
+      hopper.base = arguments;
+      RELAY_CUDA_TRY(cudaLaunchKernelEx(&config, find_hopper_kernel(params), hopper),
+                     "launching RelayAttention for Hopper");
+    } else {
+      RELAY_CUDA_TRY(cudaLaunchKernelEx(&config, kernels.attention, arguments), "launching RelayAttention");
+    }
   }
   return Status::kOk;
 }

@@ -59,7 +59,7 @@ struct RelayParams {
 
 // Knobs for benchmarks and tests; all zero = chosen by make_plan (plan.h).
 struct RelayTuning {
-  int32_t algorithm;       // 0 = auto, 1 = the slow reference kernel, 2 = tensor cores
+  int32_t algorithm;       // 0 = auto, 1 = the slow reference kernel, 2 = tensor cores, 3 = Hopper
   int32_t prefix_rows;     // rows of a prefix tile: 16, 64 or (head_dim <= 128) 128
   int32_t context_rows;    // rows of a context tile: 16 or 64
   int32_t pipeline_depth;  // buffers in the copy pipeline: 2..6, of 64 keys or 64 values each
@@ -67,6 +67,7 @@ struct RelayTuning {
   int32_t prefix_cost;     // weights by which blocks share out the work (per 64 keys of one tile), 1..64
   int32_t context_cost;
   int32_t l2_prefetch_mb;     // prefix megabytes asked into L2 before the lengths are known; 0, -1 = none
+  int32_t copies_in_flight;   // buffers that a block waits for at once (Hopper)
   int32_t tokens_per_launch;  // cut a long prefill into launches of at most so many tokens
 };
 

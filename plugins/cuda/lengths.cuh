@@ -6,6 +6,8 @@
 
 namespace relay::cuda {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 struct Lengths {
   int context;  // tokens in the cache before this call
   int query;    // valid new tokens; 0 where !valid

@@ -39,6 +39,93 @@ int64_t max_units(const RelayParams& p, const Plan& plan) {
   return p.kv_num_heads * (prefix + context);
 }
 
+// Rows of all tails, whichever kernel: see kernel_arguments.
+int64_t tail_rows(bool hopper, int grid, int prefix_rows) {
+  return hopper ? int64_t{grid} * 2 * 64 : int64_t{grid} * prefix_rows;
+}
+int64_t max_tail_rows(const RelayParams& p, int sm_count) {
+  const int rows = p.head_dim <= kMaxWideHeadDim ? 128 : 64;
+  return std::max(tail_rows(true, sm_count, 0), tail_rows(false, sm_count * kMaxBlocksPerSm, rows));
+}
+
+// The kernel of attention.cuh, for compute capability 8.0 and later.
+Status plan_portable(const RelayParams& p, const RelayTuning& tuning, const DeviceLimits& device, Plan* plan,
+                     char* message, size_t size) {
+  const int group = p.num_heads / p.kv_num_heads;
+  const int64_t rows = int64_t{p.batch} * p.sequence * group;
+  // A request's own rows fill 16 while decoding; a chunk of a prompt fills more. The wider a prefix tile, the
+  // less often shared memory is read for each product; the narrower, the more tiles there are to share out.
+  // Measured on an H100 (docs/performance_gpu.md): 128 rows spill and are slower than 64 everywhere.
+  plan->context_rows = int64_t{p.sequence} * group <= 16 ? 16 : 64;
+  if (tuning.context_rows > 0) plan->context_rows = tuning.context_rows <= 16 ? 16 : 64;
+  plan->prefix_rows = rows <= 64 ? 16 : 64;
+  if (tuning.prefix_rows > 0)
+    plan->prefix_rows = tuning.prefix_rows <= 16 ? 16 : (tuning.prefix_rows <= 64 ? 64 : 128);
+  if (p.head_dim > kMaxWideHeadDim) plan->prefix_rows = std::min(plan->prefix_rows, 64);
+  plan->prefix_rows = std::max(plan->prefix_rows, plan->context_rows);
+
+  const auto bytes = [&](int depth) {
+    return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch,
+                        plan->tokens_per_launch);
+  };
+  const size_t reserved = 1024;  // the driver keeps so much of each block's shared memory for itself
+  if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = std::min(plan->prefix_rows, 64);
+  if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = plan->context_rows = 16;
+  if (bytes(2) > device.shared_bytes_per_block)
+    return fail(Status::kUnsupported, message, size,
+                "head_dim %d with a batch of %d needs %zu bytes of shared memory; this GPU gives a block %zu",
+                p.head_dim, p.batch, bytes(2), device.shared_bytes_per_block);
+  // Two resident blocks hide each other's barriers; below that, as deep as one block's memory goes.
+  const int blocks = tuning.blocks_per_sm > 0 ? std::min(tuning.blocks_per_sm, kMaxBlocksPerSm) : 2;
+  int depth = tuning.pipeline_depth > 0 ? std::clamp(tuning.pipeline_depth, 2, kMaxDepth) : kMaxDepth;
+  const auto resident = [&](int d) {
+    return static_cast<int>(std::min<size_t>(device.shared_bytes_per_sm / (bytes(d) + reserved), blocks));
+  };
+  while (depth > 2 && (bytes(depth) > device.shared_bytes_per_block ||
+                       (tuning.pipeline_depth == 0 && depth > 4 && resident(depth) < blocks)))
+    --depth;
+  if (tuning.pipeline_depth == 0 && resident(depth) < blocks) {
+    // Two blocks do not fit at four buffers either: give all to one, unless three buffers let both in.
+    if (resident(3) >= blocks) {
+      depth = 3;
+    } else {
+      depth = kMaxDepth;
+      while (depth > 2 && bytes(depth) > device.shared_bytes_per_block) --depth;
+    }
+  }
+  plan->append_before = plan->context_rows == 64 && p.rotary_dim > 0;
+  plan->depth = depth;
+  plan->shared_bytes = bytes(depth);
+  plan->grid = device.sm_count * std::max(1, resident(depth));
+  return Status::kOk;
+}
+
+// Whether the Hopper kernel serves the call, and how. Its tiles have 64 rows, or 128 where there are more.
+bool plan_hopper(const RelayParams& p, const RelayTuning& tuning, const DeviceLimits& device, Plan* plan) {
+  if (device.major != 9 || p.head_dim > kMaxHopperHeadDim) return false;
+  if (tuning.algorithm != 0 && tuning.algorithm != 3) return false;
+  const int64_t own_rows = int64_t{p.sequence} * (p.num_heads / p.kv_num_heads);
+  plan->context_rows = own_rows <= 64 ? 64 : 128;
+  plan->prefix_rows = own_rows * p.batch <= 64 ? 64 : 128;
+  if (tuning.prefix_rows > 0 && plan->context_rows == 64)
+    plan->prefix_rows = tuning.prefix_rows <= 64 ? 64 : 128;
+  int stages = tuning.pipeline_depth > 0 ? std::clamp(tuning.pipeline_depth, 4, kMaxStages) : kMaxStages;
+  const auto bytes = [&](int n) {
+    return hopper_bytes(p.head_dim, n, p.batch, plan->tokens_per_launch, &plan->ring_offset);
+  };
+  while (stages > 4 && bytes(stages) > device.shared_bytes_per_block) --stages;
+  if (bytes(stages) > device.shared_bytes_per_block) return false;
+  plan->hopper = true;
+  plan->copies_in_flight =
+      std::min(tuning.copies_in_flight > 0 ? tuning.copies_in_flight : 3, stages / 2 * 2);
+  plan->depth = stages;
+  plan->shared_bytes = bytes(stages);
+  plan->grid = device.sm_count;
+  // Only one new token of a request is patched into what the copy engine reads.
+  plan->append_before = p.sequence > 1;
+  return true;
+}
+
 }  // namespace
 
 Status check(const RelayParams& p, bool check_pointers, char* message, size_t size) {
@@ -131,21 +218,27 @@ int tokens_per_launch(const RelayParams& p, int requested) {
   return static_cast<int>(requested > 0 ? std::min<int64_t>(requested, tokens) : tokens);
 }
 
-WorkspaceLayout workspace_layout(const RelayParams& p, int tokens, int grid) {
-  const size_t rows = size_t{2} * tokens * p.num_heads;
-  const size_t tails = static_cast<size_t>(grid) * (p.head_dim <= kMaxWideHeadDim ? 128 : 64);
+WorkspaceLayout workspace_layout(const RelayParams& p, int tokens, int64_t tails) {
+  const size_t rows = size_t{2} * tokens * p.num_heads + static_cast<size_t>(tails);
   WorkspaceLayout layout{};
-  layout.head_lse = align_up(rows * p.head_dim * 4);
-  layout.tail_output = layout.head_lse + align_up(rows * 4);
-  layout.tail_lse = layout.tail_output + align_up(tails * p.head_dim * 4);
-  layout.barrier = layout.tail_lse + align_up(tails * 4);
+  layout.output = 0;
+  layout.lse = align_up(rows * p.head_dim * 4);
+  layout.barrier = layout.lse + align_up(rows * 4);
   layout.total = layout.barrier + kBarrierBytes;
   return layout;
 }
 
 size_t workspace_bytes(const RelayParams& p, int sm_count) {
   if (p.batch <= 0 || p.sequence <= 0 || p.num_heads <= 0) return kBarrierBytes;
-  return workspace_layout(p, tokens_per_launch(p, 0), std::max(1, sm_count) * kMaxBlocksPerSm).total;
+  return workspace_layout(p, tokens_per_launch(p, 0), max_tail_rows(p, std::max(1, sm_count))).total;
+}
+
+size_t hopper_bytes(int head_dim, int stages, int batch, int tokens, int* ring_offset) {
+  // As hopper.cuh lays it out.
+  const size_t arrays = size_t{16} * (static_cast<size_t>(batch) + 1) + 2 * static_cast<size_t>(tokens);
+  const size_t offset = (kHopperFixedBytes + arrays + 1023) / 1024 * 1024;
+  if (ring_offset != nullptr) *ring_offset = static_cast<int>(offset);
+  return offset + (size_t{2} * 64 + size_t{1} * stages * kBlockKeys) * head_dim * 2;
 }
 
 size_t shared_bytes(int head_dim, int prefix_rows, int context_rows, int depth, int batch, int tokens) {
@@ -159,56 +252,25 @@ size_t shared_bytes(int head_dim, int prefix_rows, int context_rows, int depth, 
 
 Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLimits& device, Plan* plan,
                  char* message, size_t size) {
-  const int group = p.num_heads / p.kv_num_heads;
-  const int64_t rows = int64_t{p.batch} * p.sequence * group;
   plan->tokens_per_launch = tokens_per_launch(p, tuning.tokens_per_launch);
   plan->launches = static_cast<int>(divide_up(int64_t{p.batch} * p.sequence, plan->tokens_per_launch));
-  // A request's own rows fill 16 while decoding; a chunk of a prompt fills more. The wider a prefix tile, the
-  // less often shared memory is read for each product; the narrower, the more tiles there are to share out.
-  // Measured on an H100 (docs/performance_gpu.md): 128 rows spill and are slower than 64 everywhere.
-  plan->context_rows = int64_t{p.sequence} * group <= 16 ? 16 : 64;
-  if (tuning.context_rows > 0) plan->context_rows = tuning.context_rows <= 16 ? 16 : 64;
-  plan->prefix_rows = rows <= 64 ? 16 : 64;
-  if (tuning.prefix_rows > 0)
-    plan->prefix_rows = tuning.prefix_rows <= 16 ? 16 : (tuning.prefix_rows <= 64 ? 64 : 128);
-  if (p.head_dim > kMaxWideHeadDim) plan->prefix_rows = std::min(plan->prefix_rows, 64);
-  plan->prefix_rows = std::max(plan->prefix_rows, plan->context_rows);
-
-  const auto bytes = [&](int depth) {
-    return shared_bytes(p.head_dim, plan->prefix_rows, plan->context_rows, depth, p.batch,
-                        plan->tokens_per_launch);
-  };
-  const size_t reserved = 1024;  // the driver keeps so much of each block's shared memory for itself
-  if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = std::min(plan->prefix_rows, 64);
-  if (bytes(2) > device.shared_bytes_per_block) plan->prefix_rows = plan->context_rows = 16;
-  if (bytes(2) > device.shared_bytes_per_block)
-    return fail(Status::kUnsupported, message, size,
-                "head_dim %d with a batch of %d needs %zu bytes of shared memory; this GPU gives a block %zu",
-                p.head_dim, p.batch, bytes(2), device.shared_bytes_per_block);
-  // Two resident blocks hide each other's barriers; below that, as deep as one block's memory goes.
-  const int blocks = tuning.blocks_per_sm > 0 ? std::min(tuning.blocks_per_sm, kMaxBlocksPerSm) : 2;
-  int depth = tuning.pipeline_depth > 0 ? std::clamp(tuning.pipeline_depth, 2, kMaxDepth) : kMaxDepth;
-  const auto resident = [&](int d) {
-    return static_cast<int>(std::min<size_t>(device.shared_bytes_per_sm / (bytes(d) + reserved), blocks));
-  };
-  while (depth > 2 && (bytes(depth) > device.shared_bytes_per_block ||
-                       (tuning.pipeline_depth == 0 && depth > 4 && resident(depth) < blocks)))
-    --depth;
-  if (tuning.pipeline_depth == 0 && resident(depth) < blocks) {
-    // Two blocks do not fit at four buffers either: give all to one, unless three buffers let both in.
-    if (resident(3) >= blocks) {
-      depth = 3;
-    } else {
-      depth = kMaxDepth;
-      while (depth > 2 && bytes(depth) > device.shared_bytes_per_block) --depth;
-    }
+  plan->hopper = false;
+  plan->ring_offset = 0;
+  if (!plan_hopper(p, tuning, device, plan)) {
+    if (tuning.algorithm == 3)
+      return fail(Status::kUnsupported, message, size,
+                  "the Hopper kernel needs compute capability 9.x (here %d.x), head_dim up to %d (here %d) "
+                  "and a batch "
+                  "that fits its shared memory (here %d)",
+                  device.major, kMaxHopperHeadDim, p.head_dim, p.batch);
+    const Status status = plan_portable(p, tuning, device, plan, message, size);
+    if (status != Status::kOk) return status;
   }
-  plan->append_before = plan->context_rows == 64 && p.rotary_dim > 0;
-  plan->depth = depth;
-  plan->shared_bytes = bytes(depth);
-  plan->grid = device.sm_count * std::max(1, resident(depth));
-  plan->prefix_cost = std::clamp(tuning.prefix_cost, 1, 64);
-  plan->context_cost = std::clamp(tuning.context_cost, 1, 64);
+  // On Hopper a narrow unit takes a little longer than its share of a wide one: it comes with queries and
+  // results of its own more often.
+  const int usual[] = {plan->hopper ? 16 : 1, plan->hopper ? 17 : 1};
+  plan->prefix_cost = tuning.prefix_cost > 0 ? std::min(tuning.prefix_cost, 64) : usual[0];
+  plan->context_cost = tuning.context_cost > 0 ? std::min(tuning.context_cost, 64) : usual[1];
   if (max_units(p, *plan) > INT32_MAX / 2 / 64) plan->prefix_cost = plan->context_cost = 1;
   if (max_units(p, *plan) > INT32_MAX / 2)
     return fail(Status::kUnsupported, message, size,
@@ -221,9 +283,13 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   return Status::kOk;
 }
 
+WorkspaceLayout plan_workspace(const RelayParams& p, const Plan& plan) {
+  return workspace_layout(p, plan.tokens_per_launch, tail_rows(plan.hopper, plan.grid, plan.prefix_rows));
+}
+
 KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int index, void* workspace,
                                  void* barrier) {
-  const WorkspaceLayout layout = workspace_layout(p, plan.tokens_per_launch, plan.grid);
+  const WorkspaceLayout layout = plan_workspace(p, plan);
   char* base = static_cast<char*>(workspace);
   KernelArguments a{};
   a.params = p;
@@ -231,17 +297,33 @@ KernelArguments kernel_arguments(const RelayParams& p, const Plan& plan, int ind
   a.token_begin = index * plan.tokens_per_launch;
   a.token_end =
       std::min<int64_t>(a.token_begin + int64_t{plan.tokens_per_launch}, int64_t{p.batch} * p.sequence);
+  a.group = p.num_heads / p.kv_num_heads;
   a.max_rows = plan.tokens_per_launch * (p.num_heads / p.kv_num_heads);
   a.prefix_cost = plan.prefix_cost;
   a.context_cost = plan.context_cost;
+  a.prefix_rows = plan.prefix_rows;
+  a.context_rows = plan.context_rows;
+  const auto log2 = [](int x) {
+    int n = 0;
+    while (x >> n > 1) ++n;
+    return n;
+  };
+  a.prefix_rows_log2 = log2(plan.prefix_rows);
+  a.context_rows_log2 = log2(plan.context_rows);
+  a.by_group = divisor_of(a.group);
+  a.by_heads = divisor_of(p.num_heads);
+  a.by_kv_heads = divisor_of(p.kv_num_heads);
   a.depth = plan.depth;
+  a.copies_in_flight = plan.copies_in_flight;
+  a.ring_offset = plan.ring_offset;
   a.tail_rows = plan.prefix_rows;
   a.appended_before = plan.append_before;
+  a.query_lines =
+      index == 0 ? divide_up(int64_t{2} * p.batch * p.sequence * p.num_heads * p.head_dim, 128) : 0;
   a.l2_prefetch_bytes = index == 0 ? plan.l2_prefetch_bytes : 0;
-  a.head_output = reinterpret_cast<float*>(base + layout.head_output);
-  a.head_lse = reinterpret_cast<float*>(base + layout.head_lse);
-  a.tail_output = reinterpret_cast<float*>(base + layout.tail_output);
-  a.tail_lse = reinterpret_cast<float*>(base + layout.tail_lse);
+  a.partial_output = reinterpret_cast<float*>(base + layout.output);
+  a.partial_lse = reinterpret_cast<float*>(base + layout.lse);
+  a.first_tail = 2 * p.kv_num_heads * a.max_rows;
   a.barrier = static_cast<uint32_t*>(barrier != nullptr ? barrier : base + layout.barrier);
   return a;
 }

@@ -137,8 +137,14 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* word) {
   return value;
 }
 
-__device__ __forceinline__ void store_release(uint32_t* word, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+// Returns the word before.
+__device__ __forceinline__ uint32_t add_release(uint32_t* word, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(word), "r"(value)
+               : "memory");
+  return before;
 }
 
 // What another block wrote: read from L2, never from this multiprocessor's L1.
@@ -146,8 +152,6 @@ template <class Vector>
 __device__ __forceinline__ Vector load_other_block(const Vector* words) {
   return __ldcg(words);
 }
-
-__device__ __forceinline__ void pause_spin() { __nanosleep(32); }
 
 __device__ __forceinline__ void prefetch_l2(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));

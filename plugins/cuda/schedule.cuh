@@ -17,8 +17,6 @@
 
 namespace relay::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 struct Tile {
   bool is_context;
   int kv_head;

@@ -50,7 +50,7 @@ class Tuning(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             "algorithm", "prefix_rows", "context_rows", "pipeline_depth", "blocks_per_sm", "prefix_cost",
-            "context_cost", "l2_prefetch_mb", "tokens_per_launch",
+            "context_cost", "l2_prefetch_mb", "copies_in_flight", "tokens_per_launch",
         )
     )  # fmt: skip
 

@@ -1,0 +1,631 @@
+// Relay attention in one launch on Hopper: as attention.cuh, with the copy engine and products of four warps.
+//
+//   warps 0..3, 4..7   warpgroups 0 and 1 multiply: online softmax over the key blocks of one tile after the
+//   other warps 8, 9         one thread each streams keys and values through a ring of buffers warps 10, 11
+//   find the tiles of warpgroups 0 and 1 ahead of them, load the queries of small ones (up to 16
+//                      rows: decoding), then append the new tokens to the cache
+//
+// Who does what: hopper_schedule.cuh. Nearly all of a short launch is latency, and code that runs once is
+// fetched from far away: what is not in the inner loop is kept small rather than unrolled.
+#pragma once
+
+#include "hopper.h"
+#include "hopper_ptx.cuh"
+#include "hopper_schedule.cuh"
+#include "merge.cuh"
+#include "rotary.cuh"
+
+namespace relay::cuda {
+
+// Tiles that were found but not attended to yet, of each warpgroup. While decoding each has its own 16 query
+// rows.
+constexpr int kSegments = 4;
+constexpr int kSmallRows = 16;
+
+// A warpgroup's part of a tile, as warps 10 and 11 hand it over.
+struct Segment {
+  int blocks;     // 0: no more
+  int first_key;  // of the first block
+  int last_key;   // of a context: the last there is; of the prefix: INT32_MAX
+  int rows;       // valid rows, of 64
+  int high;       // last key that a row sees: this (prefix), or its position in the context where -1
+  int partial;    // row of the partial results
+  int small;      // queries are loaded, into rows 16 * slot..; else row r's query is at query_row[r]
+  int unused;
+};
+
+template <class T, int kHeadDim>
+class HopperAttention {
+ public:
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kBufferBytes = kBlockKeys * kRowBytes;
+  // A buffer is atoms of 64 rows, each row 128 bytes of a key (64 where head_dim is no multiple of 64).
+  static constexpr int kAtomElements = atom_elements(kHeadDim);
+  static constexpr int kAtomRowBytes = kAtomElements * 2;
+  static constexpr int kAtomBytes = kBlockKeys * kAtomRowBytes;
+  static constexpr int kWorkerRows = 64;
+
+  // Shared memory; plan.cpp's hopper_bytes adds up the same. The queries, [2 warpgroups, 64 rows], and the
+  // ring begin at a.ring_offset.
+  static constexpr int kBarrierOffset = 128;
+  static constexpr int kSegmentOffset = kBarrierOffset + (kMaxStages * 2 + 2 * kSegments * 2) * 8;
+  static constexpr int kRowsOffset =
+      kSegmentOffset + 2 * kSegments * sizeof(Segment);                       // of queries: 2 x 64 ...
+  static constexpr int kFreshOffset = kRowsOffset + 2 * 2 * kWorkerRows * 4;  // ... sources, positions
+  static constexpr int kArraysOffset = kFreshOffset + 2 * kSegments * 2 * kMaxHopperHeadDim * 2;
+  static constexpr int kQueryBytes = 2 * kBufferBytes;
+  static_assert(sizeof(HopperTotals) <= kBarrierOffset && kArraysOffset == kHopperFixedBytes);
+  static_assert(kQueryBytes >= kHopperConsumers / 32 * kHeadDim * 4);  // also the sums of merge()
+
+  __device__ __forceinline__ explicit HopperAttention(const HopperArguments& arguments)
+      : maps(arguments),
+        a(arguments.base),
+        p(arguments.base.params),
+        rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0},
+        schedule{&arguments.base, kArraysOffset} {}
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == kHopperConsumers) {
+#pragma unroll 1
+      for (int i = 0; i < a.depth; ++i) {
+        barrier_init(full_barrier(i), 1);
+        barrier_init(free_barrier(i), 2 * 4);  // four warps of each warpgroup
+      }
+#pragma unroll 1
+      for (int i = 0; i < 2 * kSegments; ++i) {
+        barrier_init(segment_barrier(i, 0), 1);
+        barrier_init(segment_barrier(i, 1), 4);
+      }
+      barrier_init_fence();
+    }
+    // The queries are asked for before keys and values flood the memory, or they would arrive behind them.
+    for (int64_t line = int64_t{blockIdx.x} * kHopperThreads + threadIdx.x; line < a.query_lines;
+         line += int64_t{gridDim.x} * kHopperThreads)
+      prefetch_l2(static_cast<const char*>(p.query) + line * 128);
+    GridBarrier barrier(a.barrier);
+    schedule.build();  // ends with a barrier of the block
+    const int warp = uniform(threadIdx.x / 32);
+    // A kernel starts with equal shares of the registers; those who multiply need more of them.
+    if (warp >= kHopperConsumers / 32) {
+      give_up_registers<72>();
+      if (warp < 10) {
+        if (threadIdx.x % 32 == 0) copy(warp - 8);
+      } else {
+        find(warp - 10);
+        // Not read by this launch: no need to wait for the other blocks.
+        if (!a.appended_before) append();
+        if (a.token_begin == 0) fill_idle_rows();
+      }
+    } else {
+      take_registers<216>();
+      consume(warp / 4);
+      synchronize();
+      if (threadIdx.x == 0) barrier.arrive();
+      merge<T, kHeadDim, kHopperConsumers / 32>(a, schedule, *this, barrier,
+                                                reinterpret_cast<float*>(dynamic_shared() + a.ring_offset),
+                                                reinterpret_cast<float*>(dynamic_shared() + kRowsOffset));
+    }
+  }
+
+  // ---- for merge() ----
+  __device__ __forceinline__ static void synchronize() { consumer_barrier(); }
+  __device__ __forceinline__ Partials prefix_partials(int kv_head, int packed) const {
+    const int blocks = schedule.totals().prefix_blocks;
+    const int tile = packed >> a.prefix_rows_log2;
+    return partials_of((tile * p.kv_num_heads + kv_head) * blocks, blocks, 0, kv_head, packed,
+                       packed - tile * a.prefix_rows);
+  }
+  __device__ __forceinline__ Partials context_partials(int request, int kv_head, int packed) const {
+    const int row = packed - schedule.token_start()[request] * schedule.totals().group;
+    const int blocks = schedule.context_blocks(request);
+    const int tile = row >> a.context_rows_log2;
+    return partials_of(
+        schedule.unit_start()[request] + (kv_head * schedule.context_tiles(request) + tile) * blocks, blocks,
+        1, kv_head, packed, row - tile * a.context_rows);
+  }
+
+ private:
+  static constexpr int kWarpgroup = 128;
+
+  const HopperArguments& maps;
+  const KernelArguments& a;
+  const RelayParams& p;
+  const Rotary rotary;
+  HopperSchedule schedule;
+
+  __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+  __device__ __forceinline__ static SharedAddress shared(int offset) {
+    return shared_address(dynamic_shared()) + offset;
+  }
+  __device__ __forceinline__ static SharedAddress full_barrier(int stage) {
+    return shared(kBarrierOffset) + stage * 16;
+  }
+  __device__ __forceinline__ static SharedAddress free_barrier(int stage) { return full_barrier(stage) + 8; }
+  // signal 0: found, 1: done with. slot: kSegments * warpgroup + its own
+  __device__ __forceinline__ static SharedAddress segment_barrier(int slot, int signal) {
+    return shared(kBarrierOffset + kMaxStages * 16) + (slot * 2 + signal) * 8;
+  }
+  __device__ __forceinline__ static Segment& segment(int slot) {
+    return reinterpret_cast<Segment*>(dynamic_shared() + kSegmentOffset)[slot];
+  }
+  // Of each row of a warpgroup's queries: its row in `query`, and its position from the start of the prefix.
+  __device__ __forceinline__ static int* query_row(int warpgroup) {
+    return reinterpret_cast<int*>(dynamic_shared() + kRowsOffset) + warpgroup * 2 * kWorkerRows;
+  }
+  __device__ __forceinline__ static int* query_position(int warpgroup) {
+    return query_row(warpgroup) + kWorkerRows;
+  }
+  // The new token of a segment: its rotated key, then its value.
+  __device__ __forceinline__ static SharedAddress fresh_row(int slot) {
+    return shared(kFreshOffset) + slot * 2 * kMaxHopperHeadDim * 2;
+  }
+  __device__ __forceinline__ SharedAddress query_buffer(int warpgroup) const {
+    return shared(a.ring_offset) + warpgroup * kBufferBytes;
+  }
+  __device__ __forceinline__ SharedAddress buffer(int stage) const {
+    return shared(a.ring_offset + kQueryBytes) + stage * kBufferBytes;
+  }
+  // Byte offset of a 16-byte chunk in a buffer of keys, values or queries.
+  __device__ __forceinline__ static int chunk_offset(int row, int chunk) {
+    constexpr int kAtomChunks = kAtomRowBytes / 16;
+    const int swizzle = kAtomChunks == 8 ? row & 7 : row >> 1 & 3;
+    return chunk / kAtomChunks * kAtomBytes + row * kAtomRowBytes + ((chunk % kAtomChunks) ^ swizzle) * 16;
+  }
+  // Byte offset of columns 16k..16k+15 in a buffer.
+  __device__ __forceinline__ static constexpr int step_offset(int k) {
+    return k * 16 / kAtomElements * kAtomBytes + k * 16 % kAtomElements * 2;
+  }
+
+  // ---- who does what ----
+  // The units of a warpgroup; of a wide block, both have the same.
+  __device__ __forceinline__ Walk walk_of(int warpgroup, bool& wide) const {
+    const HopperTotals& t = schedule.totals();
+    Walk walk{};
+    wide = static_cast<int>(blockIdx.x) < t.wide.workers;
+    const int worker = wide ? blockIdx.x : schedule.narrow_worker(blockIdx.x, warpgroup);
+    const Region& region = wide ? t.wide : t.narrow;
+    if (worker < region.workers) {
+      walk.unit = region.begin(worker);
+      walk.end = region.begin(worker + 1);
+      schedule.start(walk);
+    }
+    return walk;
+  }
+  __device__ __forceinline__ Partials partials_of(int first_unit, int units, int kind, int kv_head,
+                                                  int packed_row, int row_in_tile) const {
+    const HopperTotals& t = schedule.totals();
+    const bool wide = first_unit < t.wide_units;
+    const Region& region = wide ? t.wide : t.narrow;
+    const int first = region.owner(first_unit), last = region.owner(first_unit + units - 1);
+    Partials partials;
+    partials.count = last - first + 1;
+    partials.head = (kind * p.kv_num_heads + kv_head) * a.max_rows + packed_row;
+    partials.first_tail = tail_row(wide, first, row_in_tile / kWorkerRows) + row_in_tile % kWorkerRows;
+    partials.stride = wide ? 2 * kWorkerRows : kWorkerRows;
+    return partials;
+  }
+  __device__ __forceinline__ int tail_row(bool wide, int worker, int half) const {
+    return a.first_tail +
+           (wide ? 2 * worker + half : 2 * schedule.totals().wide.workers + worker) * kWorkerRows;
+  }
+
+  // A ring of buffers, keys and values in turn: one for a wide block, else one for each warpgroup.
+  struct Ring {
+    int stage;
+    uint32_t phase;
+    int begin, end;
+
+    __device__ __forceinline__ void advance() {
+      if (++stage == end) stage = begin, phase ^= 1;
+    }
+  };
+  __device__ __forceinline__ Ring ring_of(bool wide, int warpgroup) const {
+    const int half = a.depth / 2, begin = wide ? 0 : warpgroup * half;
+    return {begin, 0, begin, wide ? a.depth : begin + half};
+  }
+
+  // ---- copies: one thread for each warpgroup; for a wide block the first alone ----
+  __device__ __forceinline__ void copy(int warpgroup) const {
+    bool wide;
+    Walk walk = walk_of(warpgroup, wide);
+    if (wide && warpgroup == 1) return;
+    Ring ring = ring_of(wide, warpgroup), arriving = ring;
+    // No more on their way than keep the memory busy: whatever else is read, queries first of all, queues up
+    // behind them.
+    int free_to_start = wide ? a.copies_in_flight : max(a.copies_in_flight / 2, 1);
+#pragma unroll 1
+    while (walk.unit < walk.end) {
+      const TensorMap* keys = walk.is_context ? &maps.present_key : &maps.prefix_key;
+      const TensorMap* values = walk.is_context ? &maps.present_value : &maps.prefix_value;
+      const int head = walk.is_context ? walk.request * p.kv_num_heads + walk.kv_head : walk.kv_head;
+      const int stop = min(walk.end, walk.first_unit + walk.blocks);
+      int row = (walk.block_begin + walk.unit - walk.first_unit) * kBlockKeys;
+#pragma unroll 1
+      for (; walk.unit < stop; ++walk.unit, row += kBlockKeys) {
+#pragma unroll 1
+        for (const TensorMap* map : {keys, values}) {
+          if (free_to_start > 0) {
+            --free_to_start;
+          } else {
+            barrier_wait(full_barrier(arriving.stage), arriving.phase);
+            arriving.advance();
+          }
+          barrier_wait(free_barrier(ring.stage), ring.phase ^ 1);
+          barrier_expect(full_barrier(ring.stage), kBufferBytes);
+          tensor_copy(buffer(ring.stage), map, 0, row, 0, head, full_barrier(ring.stage), walk.is_context);
+          ring.advance();
+        }
+      }
+      if (walk.unit < walk.end) schedule.next(walk);
+    }
+  }
+
+  // ---- tiles and queries, ahead of the warpgroup: one warp for each ----
+  __device__ __forceinline__ void find(int warpgroup) const {
+    const int lane = threadIdx.x % 32;
+    bool wide;
+    Walk walk = walk_of(warpgroup, wide);
+    const bool large_context = p.sequence * a.group > kSmallRows;
+    bool before_was_large = false;
+#pragma unroll 1
+    for (int number = 0;; ++number) {
+      const int slot = kSegments * warpgroup + number % kSegments;
+      const bool any = walk.unit < walk.end;
+      const bool small = walk.is_context && !large_context;
+      // A large segment needs all rows of the queries, so that no other may be around.
+      const int wait_for = !small || before_was_large ? number - 1 : number - kSegments;
+      if (wait_for >= 0)
+        barrier_wait(segment_barrier(kSegments * warpgroup + wait_for % kSegments, 1),
+                     wait_for / kSegments & 1);
+      before_was_large = !small;
+
+      const int stop = any ? min(walk.end, walk.first_unit + walk.blocks) : 0;
+      const int half = wide ? warpgroup * kWorkerRows : 0;  // first row of the tile that is this warpgroup's
+      const int tile_rows = walk.is_context ? a.context_rows : a.prefix_rows;
+      const int packed = (walk.is_context ? schedule.token_start()[walk.request] * a.group : 0) +
+                         walk.index * tile_rows + half;
+      const int packed_end =
+          (walk.is_context ? schedule.token_start()[walk.request + 1] : schedule.totals().tokens) * a.group;
+      const int rows = min(min(packed_end - packed, tile_rows - half), kWorkerRows);
+      const int first_row = small ? number % kSegments * kSmallRows : 0;
+      int context_end = 0;
+      if (any) {
+        for (int row = lane; row < rows; row += 32) {
+          const int token = a.by_group.divide(packed + row);
+          const int request = walk.is_context ? walk.request : schedule.request_of_token()[token];
+          const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
+          query_row(warpgroup)[first_row + row] = (request * p.sequence + s) * p.num_heads +
+                                                  walk.kv_head * a.group + packed + row - token * a.group;
+          query_position(warpgroup)[first_row + row] = p.prefix_length + schedule.context_len()[request] + s;
+        }
+        if (walk.is_context) context_end = schedule.context_keys(walk.request);
+      }
+      if (lane == 0) {
+        Segment s;
+        s.blocks = any ? stop - walk.unit : 0;
+        s.first_key = (walk.block_begin + walk.unit - walk.first_unit) * kBlockKeys;
+        s.last_key = walk.is_context ? context_end - 1 : INT32_MAX;
+        s.rows = rows;
+        s.high = walk.is_context ? -1 : p.prefix_length - 1;
+        s.partial = walk.unit == walk.first_unit
+                        ? (walk.is_context * p.kv_num_heads + walk.kv_head) * a.max_rows + packed
+                        : tail_row(wide, wide ? blockIdx.x : schedule.narrow_worker(blockIdx.x, warpgroup),
+                                   warpgroup);
+        s.small = small;
+        s.unused = 0;
+        segment(slot) = s;
+      }
+      __syncwarp();
+      if (any && small) {
+        load_queries<2>(warpgroup, first_row, rows, lane, 32);
+        if (!a.appended_before) load_fresh(walk, context_end - 1, slot, lane);
+        shared_write_fence();
+        __syncwarp();
+      }
+      if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 1);
+      if (!any) return;
+      walk.unit = stop;
+      if (walk.unit < walk.end) schedule.next(walk);
+    }
+  }
+
+  // Rotated queries into a warpgroup's rows first_row.. of shared memory. Rows that are not valid stay as
+  // they are: each row of a product depends on its own query alone.
+  template <int kBatch>
+  __device__ __forceinline__ void load_queries(int warpgroup, int first_row, int rows, int thread,
+                                               int threads) const {
+    const SharedAddress target = query_buffer(warpgroup);
+#pragma unroll 1
+    for (int base = thread; base < rows * kChunks; base += kBatch * threads) {
+      RotaryChunk x[kBatch];  // read together
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int index = base + i * threads, row = first_row + index / kChunks;
+        if (index >= rows * kChunks) continue;
+        const uint4* query =
+            static_cast<const uint4*>(p.query) + int64_t{query_row(warpgroup)[row]} * kChunks;
+        rotary.read(x[i], index % kChunks, query_position(warpgroup)[row], [&](int c) { return query[c]; });
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int index = base + i * threads, row = first_row + index / kChunks;
+        if (index >= rows * kChunks) continue;
+        rotary.write<T>(x[i], index % kChunks, [&](int c, const uint4& rotated) {
+          store_shared_16(target + chunk_offset(row, c), rotated);
+        });
+      }
+    }
+  }
+
+  // The one new token of a request while decoding: not in the cache when the copy engine reads that.
+  __device__ __forceinline__ void load_fresh(const Walk& walk, int slot_in_cache, int slot, int lane) const {
+    const int64_t from = (int64_t{walk.request} * p.kv_num_heads + walk.kv_head) * kChunks;
+    const SharedAddress target = fresh_row(slot);
+    if (lane < kChunks) {
+      const uint4* key = static_cast<const uint4*>(p.key) + from;
+      RotaryChunk x;
+      rotary.read(x, lane, p.prefix_length + slot_in_cache, [&](int c) { return key[c]; });
+      store_shared_16(target + kMaxHopperHeadDim * 2 + lane * 16,
+                      static_cast<const uint4*>(p.value)[from + lane]);
+      rotary.write<T>(x, lane,
+                      [&](int c, const uint4& rotated) { store_shared_16(target + c * 16, rotated); });
+    }
+  }
+
+  // ---- what the launch writes beside the results: warps 10 and 11 ----
+  __device__ __forceinline__ void append() const {
+    const int thread = threadIdx.x - 10 * 32, threads = 64;
+    const int count = schedule.totals().tokens * p.kv_num_heads * kChunks;
+#pragma unroll 1
+    for (int i = blockIdx.x * threads + thread; i < count; i += gridDim.x * threads) {
+      const int chunk = i % kChunks;
+      const int token = a.by_kv_heads.divide(i / kChunks);
+      const int head = i / kChunks - token * p.kv_num_heads;
+      const int request = schedule.request_of_token()[token];
+      const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
+      const int slot = schedule.context_len()[request] + s;
+      const int64_t from = ((int64_t{request} * p.sequence + s) * p.kv_num_heads + head) * kChunks;
+      const int64_t to = ((int64_t{request} * p.kv_num_heads + head) * p.max_context + slot) * kChunks;
+      const uint4* key = static_cast<const uint4*>(p.key) + from;
+      uint4* present = static_cast<uint4*>(p.present_key) + to;
+      const uint4 value = static_cast<const uint4*>(p.value)[from + chunk];
+      RotaryChunk x;
+      rotary.read(x, chunk, p.prefix_length + slot, [&](int c) { return key[c]; });
+      rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) { present[c] = rotated; });
+      static_cast<uint4*>(p.present_value)[to + chunk] = value;
+    }
+  }
+
+  // Output rows past query_lens: zero; all rows of a request whose lengths are out of range: NaN.
+  __device__ __forceinline__ void fill_idle_rows() const {
+    if (schedule.totals().tokens == p.batch * p.sequence) return;
+    const int thread = threadIdx.x - 10 * 32, threads = 64;
+    const int chunks = p.num_heads * kChunks;
+#pragma unroll 1
+    for (int row = blockIdx.x; row < p.batch * p.sequence; row += gridDim.x) {
+      const Lengths n = read_lengths(p, row / p.sequence);
+      if (row % p.sequence < n.query) continue;
+      const uint32_t word = n.valid ? 0 : T::kNaN;
+      uint4* output = static_cast<uint4*>(p.output) + int64_t{row} * chunks;
+#pragma unroll 1
+      for (int i = thread; i < chunks; i += threads) output[i] = make_uint4(word, word, word, word);
+    }
+  }
+
+  // ---- consumers ----
+  __device__ __forceinline__ void consume(int warpgroup) const {
+    const bool wide = static_cast<int>(blockIdx.x) < schedule.totals().wide.workers;
+    Ring ring = ring_of(wide, warpgroup);
+#pragma unroll 1
+    for (int number = 0;; ++number) {
+      const int slot = kSegments * warpgroup + number % kSegments;
+      barrier_wait(segment_barrier(slot, 0), number / kSegments & 1);
+      const Segment& s = segment(slot);
+      if (s.blocks == 0) return;
+      attend(s, slot, wide, warpgroup, ring);
+    }
+  }
+
+  // The key blocks of one segment.
+  __device__ __forceinline__ void attend(const Segment& s, int slot, bool wide, int warpgroup,
+                                         Ring& ring) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % kWarpgroup;
+    const int row0 = warp * 16 + lane / 4;
+    const int first_row = s.small ? slot % kSegments * kSmallRows : 0;
+    const int rows = uniform(s.rows), blocks = uniform(s.blocks), last_key = uniform(s.last_key);
+    int first_key = uniform(s.first_key);
+    const bool idle = rows <= warp * 16;  // none of this warp's rows exists
+    const uint32_t arrivals = wide ? 1 : 2;
+
+    if (!s.small) {
+      load_queries<4>(warpgroup, 0, rows, thread, kWarpgroup);
+      shared_write_fence();
+      warpgroup_barrier(warpgroup);
+    }
+    const SharedAddress queries = query_buffer(warpgroup) + uniform(first_row) * kAtomRowBytes;
+    // The keys that this thread's two rows see, counted from the first of a block and from this thread's
+    // first column.
+    int low[2], high[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = row0 + 8 * r, column = lane % 4 * 2;
+      low[r] = 0;
+      high[r] = INT32_MAX;
+      if (row < rows) {  // else its result is never stored: nothing to mask
+        const int position = query_position(warpgroup)[first_row + row];
+        const int of_tile =
+            s.high < 0 ? position - p.prefix_length : position;  // in the tile's own numbering
+        high[r] = (s.high < 0 ? of_tile : s.high) - column;
+        if (p.local_window_size > 0) low[r] = of_tile - p.local_window_size + 1 - column;
+      }
+    }
+
+    const bool capped = p.softcap > 0;
+    // exp(score) = 2^(factor * s), s being the product or, capped, the whole score.
+    const float factor = capped ? kLog2e : p.scale * kLog2e;
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    float output[kHeadDim / 2];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
+
+    uint32_t weights[kBlockKeys / 16][4];
+#pragma unroll
+    for (int k = 0; k < kBlockKeys / 16; ++k)
+      weights[k][0] = weights[k][1] = weights[k][2] = weights[k][3] = 0;
+    int values_before = 0;
+    // output += weights * values of the block before
+    const auto start_output = [&](SharedAddress values) {
+#pragma unroll
+      for (int k = 0; k < kBlockKeys / 16; ++k)
+        multiply_values<T>(output, weights[k],
+                           matrix_descriptor<kAtomRowBytes>(values + k * 16 * kAtomRowBytes, kAtomBytes));
+      product_commit();
+    };
+
+    // A block's scores are computed first; while its softmax is, the values of the block before are
+    // multiplied.
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i, first_key += kBlockKeys) {
+      const int keys_stage = uniform(ring.stage);
+      const SharedAddress keys = buffer(keys_stage);
+      const int last_row = last_key - first_key;
+      barrier_wait(full_barrier(keys_stage), ring.phase);
+      ring.advance();
+      if (last_row < kBlockKeys && !a.appended_before) {  // the new token's key is not among those copied
+        if (thread < kChunks)
+          store_shared_16(keys + chunk_offset(last_row, thread),
+                          load_shared_16(fresh_row(slot) + thread * 16));
+        shared_write_fence();
+        warpgroup_barrier(warpgroup);
+      }
+      // scores = queries * keys^T
+      float score[kBlockKeys / 2];
+      const auto descriptor = [](SharedAddress operand, int k) {
+        return matrix_descriptor<kAtomRowBytes>(operand + step_offset(k), 16);
+      };
+      product_pin(output);
+      product_begin();
+      multiply_keys<T, false>(score, descriptor(queries, 0), descriptor(keys, 0));
+#pragma unroll
+      for (int k = 1; k < kHeadDim / 16; ++k)
+        multiply_keys<T, true>(score, descriptor(queries, k), descriptor(keys, k));
+      product_commit();
+      // Before the first block there are no values. Products behind a branch would be made to wait for each
+      // other, so the keys are taken for them and the result is dropped.
+      start_output(buffer(i == 0 ? keys_stage : values_before));
+      product_wait<1>();  // for the scores
+      product_pin(score);
+      if (lane == 0) barrier_arrive(free_barrier(keys_stage), arrivals);
+
+      // online softmax
+      float decay[2] = {1, 1};
+      if (!idle) {
+        if (capped) cap(score);
+        if (first_key + kBlockKeys - 1 > min(high[0], high[1])) {
+          const int at[2] = {high[0] - first_key, high[1] - first_key};
+#pragma unroll
+          for (int j = 0; j < kBlockKeys / 2; ++j)
+            if (j / 4 * 8 + j % 2 > at[j / 2 % 2]) score[j] = -INFINITY;
+        }
+        if (first_key < max(low[0], low[1])) {
+          const int at[2] = {low[0] - first_key, low[1] - first_key};
+#pragma unroll
+          for (int j = 0; j < kBlockKeys / 2; ++j)
+            if (j / 4 * 8 + j % 2 < at[j / 2 % 2]) score[j] = -INFINITY;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float highest = maximum[r];
+#pragma unroll
+          for (int n = 0; n < kBlockKeys / 8; ++n)
+            highest = fmaxf(highest, fmaxf(score[4 * n + 2 * r], score[4 * n + 2 * r + 1]));
+          highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
+          highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
+          // No key seen yet: subtract 0, so that 2^(-inf - 0) = 0 and not NaN.
+          const float shift = highest == -INFINITY ? 0 : highest * factor;
+          decay[r] = exp2_fast(maximum[r] * factor - shift);
+          maximum[r] = highest;
+          float more[2] = {0, 0};
+#pragma unroll
+          for (int n = 0; n < kBlockKeys / 8; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const float weight = exp2_fast(score[4 * n + 2 * r + c] * factor - shift);
+              score[4 * n + 2 * r + c] = weight;
+              more[c] += weight;
+            }
+          sum[r] = sum[r] * decay[r] + (more[0] + more[1]);
+        }
+      }
+      product_wait<0>();
+      product_pin(output);
+      if (i > 0 && lane == 0) barrier_arrive(free_barrier(values_before), arrivals);
+      if (__any_sync(kAllLanes, i == 0 || decay[0] != 1 || decay[1] != 1)) {
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 2; ++j) output[j] = i == 0 ? 0 : output[j] * decay[j / 2 % 2];
+      }
+#pragma unroll
+      for (int j = 0; j < kBlockKeys / 4; ++j)
+        weights[j / 4][j % 4] = T::pack(score[2 * j], score[2 * j + 1]);
+
+      const int values_stage = uniform(ring.stage);
+      barrier_wait(full_barrier(values_stage), ring.phase);
+      ring.advance();
+      values_before = values_stage;
+      if (last_row < kBlockKeys) {
+        // Beyond the last key lies what earlier requests left, and 0 times that may be NaN.
+        const SharedAddress values = buffer(values_stage);
+        if (!a.appended_before && thread < kChunks)
+          store_shared_16(values + chunk_offset(last_row, thread),
+                          load_shared_16(fresh_row(slot) + kMaxHopperHeadDim * 2 + thread * 16));
+#pragma unroll 1
+        for (int c = thread; c < (kBlockKeys - 1 - last_row) * kChunks; c += kWarpgroup)
+          store_shared_16(values + chunk_offset(last_row + 1 + c / kChunks, c % kChunks),
+                          make_uint4(0, 0, 0, 0));
+        shared_write_fence();
+        warpgroup_barrier(warpgroup);
+      }
+    }
+    product_pin(output);
+    product_begin();
+    start_output(buffer(values_before));
+    product_wait<0>();
+    product_pin(output);
+    if (lane == 0) barrier_arrive(free_barrier(values_before), arrivals);
+    const int partial = s.partial + row0;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(segment_barrier(slot, 1), 1);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+      if (row0 + 8 * r >= rows) continue;
+      const float inverse = sum[r] == 0 ? 0 : 1 / sum[r];
+      float* target = a.partial_output + int64_t{partial + 8 * r} * kHeadDim + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n)
+        *reinterpret_cast<float2*>(target + n * 8) =
+            make_float2(output[4 * n + 2 * r] * inverse, output[4 * n + 2 * r + 1] * inverse);
+      if (lane % 4 == 0)
+        a.partial_lse[partial + 8 * r] =
+            maximum[r] == -INFINITY ? -INFINITY : maximum[r] * factor + log2f(sum[r]);
+    }
+  }
+
+  // score -> softcap * tanh(scale * score / softcap); tanh(x) = 1 - 2 / (e^2x + 1)
+  __device__ __forceinline__ void cap(float (&score)[kBlockKeys / 2]) const {
+    const float slope = 2 * kLog2e * p.scale / p.softcap;
+#pragma unroll
+    for (int j = 0; j < kBlockKeys / 2; ++j)
+      score[j] = p.softcap - __fdividef(2 * p.softcap, exp2_fast(score[j] * slope) + 1);
+  }
+};
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    hopper_kernel(const __grid_constant__ HopperArguments arguments) {
+  HopperAttention<T, kHeadDim>(arguments).run();
+}
+
+}  // namespace relay::cuda

@@ -1,0 +1,31 @@
+// The Hopper kernels by head_dim: each has a translation unit of its own, compiled for sm_90a alone.
+#pragma once
+
+#include <cuda.h>
+
+#include "plan.h"
+
+namespace relay::cuda {
+
+using TensorMap = CUtensorMap;
+
+struct HopperArguments {
+  KernelArguments base;
+  // {elements of an atom's row, rows, atoms of a head, heads}: of a buffer, 64 rows of one head (hopper.cuh)
+  TensorMap prefix_key;
+  TensorMap prefix_value;
+  TensorMap present_key;
+  TensorMap present_value;
+};
+
+using HopperKernel = void (*)(HopperArguments);
+
+HopperKernel hopper_kernel_32(DataType dtype);
+HopperKernel hopper_kernel_64(DataType dtype);
+HopperKernel hopper_kernel_96(DataType dtype);
+HopperKernel hopper_kernel_128(DataType dtype);
+
+// Elements in a row of an atom: the copy engine swizzles rows of 128 or 64 bytes.
+constexpr int atom_elements(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+
+}  // namespace relay::cuda

@@ -1,0 +1,288 @@
+// Who does what on Hopper; schedule.cuh says what rows, tiles and units are. Here the prefix's units are
+// numbered by (tile, kv head, key block): all tiles read the same keys, and blocks that begin with different
+// tiles then do so at about the same time, out of L2.
+//
+// A tile of more than 64 rows is wide: both warpgroups of a block attend to all its keys, each for half of
+// its rows. Other tiles are narrow, and one warpgroup's own. Wide units are all those of the prefix (a batch
+// of more than 64 rows) or all units (a long chunk of a prompt). Some blocks of the grid share the wide units
+// evenly, each of the other blocks' warpgroups is a worker of its own, and these share the narrow units
+// evenly.
+#pragma once
+
+#include "lengths.cuh"
+#include "plan.h"
+
+namespace relay::cuda {
+
+// Units shared out evenly: the first `longer` workers take one more than `each`.
+struct Region {
+  int first_unit;
+  int workers;
+  int each, longer;
+
+  __device__ __forceinline__ int begin(int worker) const {
+    return first_unit + worker * each + min(worker, longer);
+  }
+  __device__ __forceinline__ int owner(int unit) const {
+    const int own = unit - first_unit, split = longer * (each + 1);
+    const bool is_longer = own < split;
+    return (is_longer ? 0 : longer) + static_cast<int>(static_cast<uint32_t>(is_longer ? own : own - split) /
+                                                       static_cast<uint32_t>(is_longer ? each + 1 : each));
+  }
+};
+
+struct HopperTotals {
+  int group;
+  int tokens;
+  int prefix_tiles;        // per kv head
+  int prefix_block_begin;  // the first key block that the window leaves visible to any row
+  int prefix_blocks;
+  int prefix_units;
+  int wide_units;  // the first so many
+  int unused;
+  Region wide;  // workers are blocks
+  Region narrow;
+};
+
+// A tile as its workers walk over it.
+struct Walk {
+  int unit, end;
+  bool is_context;
+  int request;  // of a context tile
+  int kv_head;
+  int index;  // of the tile among those of its kv head
+  int tiles;
+  int first_unit;   // of the tile
+  int blocks;       // of the tile
+  int block_begin;  // key block of its first unit
+};
+
+struct HopperSchedule {
+  const KernelArguments* arguments;
+  int arrays;  // offset in the dynamic shared memory; the totals are at its start
+
+  __device__ __forceinline__ HopperTotals& totals() const {
+    return *reinterpret_cast<HopperTotals*>(dynamic_shared());
+  }
+  __device__ __forceinline__ int* array(int index) const {
+    return reinterpret_cast<int*>(dynamic_shared() + arrays) + index * (arguments->params.batch + 1);
+  }
+  // [B + 1] first token of each request, counted inside the launch
+  __device__ __forceinline__ int* token_start() const { return array(0); }
+  // [B + 1] first unit of each request's context tiles
+  __device__ __forceinline__ int* unit_start() const { return array(1); }
+  // [B] index of the launch's first token in the request's sequence
+  __device__ __forceinline__ int* first_token() const { return array(2); }
+  // [B]
+  __device__ __forceinline__ int* context_len() const { return array(3); }
+  // [tokens]
+  __device__ __forceinline__ uint16_t* request_of_token() const {
+    return reinterpret_cast<uint16_t*>(array(4));
+  }
+
+  __device__ __forceinline__ int request_tokens(int request) const {
+    return token_start()[request + 1] - token_start()[request];
+  }
+  __device__ __forceinline__ int context_keys(int request) const {
+    return context_len()[request] + first_token()[request] + request_tokens(request);
+  }
+  __device__ __forceinline__ int context_block_begin(int request) const {
+    return first_block(context_len()[request] + first_token()[request]);
+  }
+  __device__ __forceinline__ int context_blocks(int request) const {
+    return (context_keys(request) + kBlockKeys - 1) / kBlockKeys - context_block_begin(request);
+  }
+  __device__ __forceinline__ int context_tiles(int request) const {
+    return tiles_of(request_tokens(request));
+  }
+
+  // Narrow units are those of workers first_narrow_block() + w % so many blocks, warpgroup w / so many.
+  __device__ __forceinline__ int narrow_worker(int block, int warpgroup) const {
+    const int first = totals().wide.workers;
+    return block - first + warpgroup * (static_cast<int>(gridDim.x) - first);
+  }
+
+  // The first tile of a walk, whose unit and end are set.
+  __device__ __forceinline__ void start(Walk& walk) const {
+    walk.is_context = walk.unit >= totals().prefix_units;
+    walk.request = 0;
+    if (!walk.is_context) {
+      const int tile = walk.unit / static_cast<uint32_t>(totals().prefix_blocks);
+      walk.index = arguments->by_kv_heads.divide(tile);
+      walk.kv_head = tile - walk.index * arguments->params.kv_num_heads;
+      walk.first_unit = tile * totals().prefix_blocks;
+      describe(walk);
+      return;
+    }
+    int high = arguments->params.batch;  // the last request whose units begin at or before this one
+    while (high - walk.request > 1) {
+      const int middle = (walk.request + high) / 2;
+      if (unit_start()[middle] <= walk.unit)
+        walk.request = middle;
+      else
+        high = middle;
+    }
+    describe(walk);
+    const int tile = (walk.unit - unit_start()[walk.request]) / static_cast<uint32_t>(walk.blocks);
+    walk.kv_head = tile / static_cast<uint32_t>(walk.tiles);
+    walk.index = tile - walk.kv_head * walk.tiles;
+    walk.first_unit = unit_start()[walk.request] + tile * walk.blocks;
+  }
+
+  // On to the next tile: walk.unit is its first.
+  __device__ __forceinline__ void next(Walk& walk) const {
+    walk.first_unit = walk.unit;
+    if (!walk.is_context) {
+      if (++walk.kv_head < arguments->params.kv_num_heads) return;
+      walk.kv_head = 0;
+      if (++walk.index < walk.tiles) return;
+      walk.index = 0;
+      walk.is_context = true;
+      walk.request = -1;
+    } else {
+      if (++walk.index < walk.tiles) return;
+      walk.index = 0;
+      if (++walk.kv_head < arguments->params.kv_num_heads) return;
+      walk.kv_head = 0;
+    }
+    do ++walk.request;
+    while (walk.request + 1 < arguments->params.batch && unit_start()[walk.request + 1] <= walk.unit);
+    describe(walk);
+  }
+
+  // Called by all threads of the block; ends with a barrier.
+  __device__ __forceinline__ void build() const {
+    const KernelArguments& a = *arguments;
+    const RelayParams& p = a.params;
+    for (int b = threadIdx.x; b < p.batch; b += kHopperThreads) {
+      const Lengths n = read_lengths(p, b);
+      context_len()[b] = n.context;
+      token_start()[b] = n.query;
+      if (p.rotary_dim > 0 && n.query > 0) {  // as the queries: before the flood of keys and values
+        const int64_t row = int64_t{p.prefix_length + n.context} * p.rotary_dim;
+        prefetch_l2(static_cast<const char*>(p.cos_cache) + row);
+        prefetch_l2(static_cast<const char*>(p.sin_cache) + row);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) count(a, p);
+    __syncthreads();
+  }
+
+ private:
+  __device__ __forceinline__ int first_block(int position) const {  // of the first key that a row there sees
+    const int first = position - arguments->params.local_window_size + 1;
+    return arguments->params.local_window_size > 0 && first > 0 ? first / kBlockKeys : 0;
+  }
+  __device__ __forceinline__ int tiles_of(int tokens) const {
+    return (tokens * arguments->group + arguments->context_rows - 1) >> arguments->context_rows_log2;
+  }
+  __device__ __forceinline__ void describe(Walk& walk) const {
+    if (walk.is_context) {
+      walk.tiles = context_tiles(walk.request);
+      walk.blocks = context_blocks(walk.request);
+      walk.block_begin = context_block_begin(walk.request);
+    } else {
+      walk.tiles = totals().prefix_tiles;
+      walk.blocks = totals().prefix_blocks;
+      walk.block_begin = totals().prefix_block_begin;
+    }
+  }
+
+  // One warp, each lane consecutive requests.
+  __device__ __forceinline__ void count(const KernelArguments& a, const RelayParams& p) const {
+    const int lane = threadIdx.x;
+    const int per_lane = (p.batch + 31) / 32;
+    const int begin = min(lane * per_lane, p.batch), end = min(begin + per_lane, p.batch);
+    int mine = 0;
+#pragma unroll 1
+    for (int b = begin; b < end; ++b) mine += token_start()[b];
+    int total;
+    int start = scan(mine, &total);
+
+    int units = 0, lowest = INT32_MAX;
+#pragma unroll 1
+    for (int b = begin; b < end; ++b) {
+      const int stop = start + token_start()[b];
+      const int clipped = min(max(start, a.token_begin), a.token_end);
+      const int tokens = min(max(stop, a.token_begin), a.token_end) - clipped;
+      const int position = context_len()[b] + clipped - start;
+      token_start()[b] = clipped - a.token_begin;
+      first_token()[b] = clipped - start;
+      unit_start()[b] = units;  // for now: counted inside this lane's requests
+      if (tokens > 0) {
+        lowest = min(lowest, position);
+        units += p.kv_num_heads * tiles_of(tokens) *
+                 ((position + tokens + kBlockKeys - 1) / kBlockKeys - first_block(position));
+      }
+      for (int t = 0; t < tokens; ++t)
+        request_of_token()[clipped - a.token_begin + t] = static_cast<uint16_t>(b);
+      start = stop;
+    }
+    const int tokens = min(max(total, a.token_begin), a.token_end) - a.token_begin;
+    int context_units;
+    const int before = scan(units, &context_units);
+    if (p.local_window_size > 0)
+      for (int distance = 16; distance > 0; distance /= 2)
+        lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
+
+    HopperTotals t{};
+    t.group = a.group;
+    t.tokens = tokens;
+    t.prefix_tiles = (tokens * a.group + a.prefix_rows - 1) >> a.prefix_rows_log2;
+    if (p.local_window_size > 0 && tokens > 0)
+      t.prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) / kBlockKeys;
+    t.prefix_blocks = max(0, (p.prefix_length + kBlockKeys - 1) / kBlockKeys - t.prefix_block_begin);
+    t.prefix_units = p.kv_num_heads * t.prefix_tiles * t.prefix_blocks;
+    const int all = t.prefix_units + context_units;
+    t.wide_units = a.context_rows > 64 ? all : (a.prefix_rows > 64 ? t.prefix_units : 0);
+    const int narrow_units = all - t.wide_units, grid = gridDim.x;
+    t.wide.workers = t.wide_units > 0 ? grid : 0;
+    if (t.wide_units > 0 && narrow_units > 0) t.wide.workers = wide_blocks(t.wide_units, narrow_units, lane);
+    t.wide.workers = min(t.wide.workers, t.wide_units);
+    t.narrow.workers = min(2 * (grid - t.wide.workers), narrow_units);
+    t.narrow.first_unit = t.wide_units;
+    // Lane 1 divides for the narrow ones while lane 0 does for the wide.
+    const int units_here = lane == 0 ? t.wide_units : narrow_units;
+    const int workers = max(lane == 0 ? t.wide.workers : t.narrow.workers, 1);
+    const int each = units_here / static_cast<uint32_t>(workers), longer = units_here - each * workers;
+    t.wide.each = each, t.wide.longer = longer;
+    t.narrow.each = __shfl_sync(kAllLanes, each, 1), t.narrow.longer = __shfl_sync(kAllLanes, longer, 1);
+    if (lane == 0) {
+      totals() = t;
+      token_start()[p.batch] = tokens;
+      unit_start()[p.batch] = all;
+    }
+#pragma unroll 1
+    for (int b = begin; b < end; ++b) unit_start()[b] += before + t.prefix_units;
+  }
+
+  // So many blocks of the grid take wide units that both kinds are done at about the same time, whole units
+  // considered: each lane tries one number near the proportional one.
+  __device__ __forceinline__ int wide_blocks(int wide_units, int narrow_units, int lane) const {
+    const int grid = gridDim.x;
+    const float wide = static_cast<float>(wide_units) * arguments->prefix_cost;
+    const float narrow = static_cast<float>(narrow_units) * arguments->context_cost;
+    const int blocks = min(max(__float2int_rn(grid * (wide / (wide + narrow))) + lane - 16, 1), grid - 1);
+    const uint32_t workers = 2 * (grid - blocks);
+    const uint32_t wide_time =
+        (wide_units + blocks - 1) / static_cast<uint32_t>(blocks) * arguments->prefix_cost;
+    const uint32_t narrow_time = (narrow_units + workers - 1) / workers * 2 * arguments->context_cost;
+    const uint32_t time = 4 * max(wide_time, narrow_time) + min(wide_time, narrow_time);
+    const uint32_t least = __reduce_min_sync(kAllLanes, time);
+    return __shfl_sync(kAllLanes, blocks, __ffs(__ballot_sync(kAllLanes, time == least)) - 1);
+  }
+
+  // Exclusive prefix sum over the warp.
+  __device__ __forceinline__ static int scan(int value, int* total) {
+    int inclusive = value;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(kAllLanes, inclusive, distance);
+      if (threadIdx.x % 32 >= distance) inclusive += below;
+    }
+    *total = __shfl_sync(kAllLanes, inclusive, 31);
+    return inclusive - value;
+  }
+};
+
+}  // namespace relay::cuda

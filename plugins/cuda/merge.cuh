@@ -1,0 +1,230 @@
+// The end of a launch: a barrier of the whole grid, then each row's partial results are summed, weighed by
+// log-sum-exp, in the order of the keys, so that two runs agree bit for bit.
+#pragma once
+
+#include "lengths.cuh"
+#include "plan.h"
+
+namespace relay::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// All blocks of the grid arrive; those that read what others wrote wait. Needs all of them resident at once.
+// The word is left ready for the next launch, of whatever grid: the arrivals of one launch add up to 2^31, so
+// the top bit turns once all are there and the other bits return to 0. Used by one thread of a block.
+class GridBarrier {
+ public:
+  // Early: the top bit cannot turn before this block has arrived.
+  __device__ __forceinline__ explicit GridBarrier(uint32_t* word) : word_(word) {
+    if (threadIdx.x == 0) before_ = load_acquire(word);
+  }
+  // After a barrier of the block, behind all that it wrote.
+  __device__ __forceinline__ void arrive() const {
+    add_release(word_, blockIdx.x == 0 ? kTop - (gridDim.x - 1) : 1);
+  }
+  __device__ __forceinline__ void wait() const {
+    while (((load_acquire(word_) ^ before_) & kTop) == 0) {
+    }
+  }
+
+ private:
+  static constexpr uint32_t kTop = 0x80000000u;
+  uint32_t* word_;
+  uint32_t before_ = 0;
+};
+
+// The partial results of one row of a tile, each a row of KernelArguments::partial_output: first the one by
+// packed row, then those of later workers.
+struct Partials {
+  int count;
+  int head;
+  int first_tail;  // partial k (k >= 1) is row first_tail + k * stride
+  int stride;
+
+  __device__ __forceinline__ int row(int k) const { return k == 0 ? head : first_tail + k * stride; }
+};
+
+template <int kVector>
+__device__ __forceinline__ void load_vector(float (&x)[kVector], const float* from) {
+  if constexpr (kVector == 4) {
+    const float4 y = load_other_block(reinterpret_cast<const float4*>(from));
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  } else if constexpr (kVector == 2) {
+    const float2 y = load_other_block(reinterpret_cast<const float2*>(from));
+    x[0] = y.x, x[1] = y.y;
+  } else {
+    x[0] = load_other_block(from);
+  }
+}
+
+// Waits for the grid and merges the rows that are this block's.
+//
+// Rows are dealt out over the grid. A warp takes kRows at a time, its lanes 32 / kRows of the partials of
+// each; where rows are few (kRows = 1), 2, 4 or 8 warps of a block take equal shares of one row's partials.
+// sums: [kWarps, kHeadDim] words of shared memory, scratch: 2 * kWarps of them.
+template <class T, int kHeadDim, int kWarps, int kRows, class Schedule, class Worker>
+__device__ __forceinline__ void merge_rows(const KernelArguments& a, const Schedule& schedule,
+                                           const Worker& worker, const GridBarrier& barrier, float* sums,
+                                           float* scratch) {
+  constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
+  constexpr int kVectors = kHeadDim / (32 * kVector);        // of each lane
+  constexpr int kAhead = (kHeadDim > 128 ? 8 : 16) / kRows;  // partials of a row read at a time
+  constexpr int kLanes = 32 / kRows;
+  const RelayParams& p = a.params;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int rows = schedule.totals().tokens * p.num_heads;
+  int ways_log2 = 0;
+  if (kRows == 1)
+    while (1 << ways_log2 < kWarps && rows << (ways_log2 + 1) <= static_cast<int>(gridDim.x) * kWarps)
+      ++ways_log2;
+  const int ways = 1 << ways_log2, way = warp & (ways - 1);
+  // Consecutive rows (groups of kRows of them) go to different blocks.
+  const int mine = (warp >> ways_log2) * gridDim.x + blockIdx.x;
+  const int step = (kWarps >> ways_log2) * gridDim.x * kRows;
+#pragma unroll 1
+  for (int first = 0; first < rows; first += step) {
+    // Each group of kLanes lanes looks after one row.
+    const int index = first + mine * kRows + lane / kLanes;
+    const bool any = index < rows;
+    const int token = any ? a.by_heads.divide(index) : 0, head = any ? index - token * p.num_heads : 0;
+    const int kv_head = a.by_group.divide(head);
+    const int packed = token * a.group + head - kv_head * a.group;
+    const int request = schedule.request_of_token()[token];
+    Partials prefix{};
+    if (schedule.totals().prefix_blocks > 0) prefix = worker.prefix_partials(kv_head, packed);
+    const Partials context = worker.context_partials(request, kv_head, packed);
+    const int count = prefix.count + context.count;
+    const int begin = way * count >> ways_log2, end = any ? (way + 1) * count >> ways_log2 : begin;
+    int most = end - begin;
+    for (int distance = kLanes; distance < 32; distance *= 2)
+      most = max(most, __shfl_xor_sync(kAllLanes, most, distance));
+    const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
+    const int output_row = (request * p.sequence + s) * p.num_heads + head;
+    // All of the above needs the lengths alone; what follows needs the other blocks.
+    if (first == 0) {
+      if (threadIdx.x == 0) barrier.wait();
+      worker.synchronize();
+    }
+
+    float highest = -INFINITY, total = 0;
+    float x[kRows][kVectors][kVector] = {};
+#pragma unroll 1
+    for (int base = 0; base < most; base += kLanes) {
+      // Those partials that there are not weigh nothing, and are read where the first lies.
+      const int own = base + lane % kLanes;
+      const bool there = own < end - begin;
+      const int k = there ? begin + own : 0;
+      const int row = k < prefix.count ? prefix.row(k) : context.row(k - prefix.count);
+      float lse = load_other_block(a.partial_lse + row);
+      if (!there) lse = -INFINITY;
+      float weight = 0;
+#pragma unroll 1
+      for (int ahead = 0; ahead < min(kLanes, most - base); ahead += kAhead) {
+        float part[kRows][kAhead][kVectors][kVector];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int j = 0; j < kAhead; ++j) {
+            const int at = __shfl_sync(kAllLanes, row, r * kLanes + ahead + j);
+            const float* from = a.partial_output + int64_t{at} * kHeadDim;
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) load_vector(part[r][j][v], from + (v * 32 + lane) * kVector);
+          }
+        if (ahead == 0) {  // under way together with the first of them
+          float new_highest = fmaxf(highest, lse);
+          for (int distance = kLanes / 2; distance > 0; distance /= 2)
+            new_highest = fmaxf(new_highest, __shfl_xor_sync(kAllLanes, new_highest, distance));
+          const float shift = new_highest == -INFINITY ? 0 : new_highest;
+          const float decay = exp2_fast(highest - shift);
+          weight = exp2_fast(lse - shift);
+          highest = new_highest;
+          float more = weight;
+          for (int distance = kLanes / 2; distance > 0; distance /= 2)
+            more += __shfl_xor_sync(kAllLanes, more, distance);
+          total = total * decay + more;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const float of_row = __shfl_sync(kAllLanes, decay, r * kLanes);
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+              for (int i = 0; i < kVector; ++i) x[r][v][i] *= of_row;
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int j = 0; j < kAhead; ++j) {
+            const float w = __shfl_sync(kAllLanes, weight, r * kLanes + ahead + j);
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+              for (int i = 0; i < kVector; ++i) x[r][v][i] += w * part[r][j][v][i];
+          }
+      }
+    }
+
+    if (ways == 1) {
+      const float scale = total == 0 ? 0 : 1 / total;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float of_row = __shfl_sync(kAllLanes, scale, r * kLanes);
+        const int to = __shfl_sync(kAllLanes, any ? output_row : -1, r * kLanes);
+        if (to < 0) continue;
+        uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{to} * kHeadDim;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          uint16_t* target = output + (v * 32 + lane) * kVector;
+          if constexpr (kVector == 1) {
+            *target = static_cast<uint16_t>(T::pack(x[r][v][0] * of_row, 0));
+          } else {
+#pragma unroll
+            for (int i = 0; i < kVector; i += 2)
+              reinterpret_cast<uint32_t*>(target)[i / 2] =
+                  T::pack(x[r][v][i] * of_row, x[r][v][i + 1] * of_row);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sums[warp * kHeadDim + (v * 32 + lane) * kVector + i] = x[0][v][i];
+      if (lane == 0) {
+        scratch[warp] = highest;
+        scratch[kWarps + warp] = total;
+      }
+      worker.synchronize();
+      const int first_warp = warp - way;
+      float peak = -INFINITY;
+      for (int w = first_warp; w < first_warp + ways; ++w) peak = fmaxf(peak, scratch[w]);
+      for (int column = (way * 32 + lane) * 2; any && column < kHeadDim; column += ways * 64) {
+        float sum = 0, low = 0, high = 0;
+        for (int w = first_warp; w < first_warp + ways; ++w) {
+          const float weight = exp2_fast(scratch[w] - (peak == -INFINITY ? 0 : peak));
+          sum += weight * scratch[kWarps + w];
+          low += weight * sums[w * kHeadDim + column];
+          high += weight * sums[w * kHeadDim + column + 1];
+        }
+        const float scale = sum == 0 ? 0 : 1 / sum;
+        uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{output_row} * kHeadDim;
+        reinterpret_cast<uint32_t*>(output)[column / 2] = T::pack(low * scale, high * scale);
+      }
+      worker.synchronize();
+    }
+  }
+}
+
+// worker: prefix_partials(kv_head, packed_row), context_partials(request, kv_head, packed_row), and
+// synchronize() of the first kWarps warps of the block, which take part.
+template <class T, int kHeadDim, int kWarps, class Schedule, class Worker>
+__device__ __forceinline__ void merge(const KernelArguments& a, const Schedule& schedule,
+                                      const Worker& worker, const GridBarrier& barrier, float* sums,
+                                      float* scratch) {
+  if (schedule.totals().tokens * a.params.num_heads > 2 * static_cast<int>(gridDim.x) * kWarps)
+    merge_rows<T, kHeadDim, kWarps, 4>(a, schedule, worker, barrier, sums, scratch);
+  else
+    merge_rows<T, kHeadDim, kWarps, 1>(a, schedule, worker, barrier, sums, scratch);
+}
+
+}  // namespace relay::cuda
