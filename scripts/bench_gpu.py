@@ -2,6 +2,7 @@
 
     python scripts/bench_gpu.py --out results            # the full grid
     python scripts/bench_gpu.py --out results --quick    # a dozen points
+    python scripts/bench_gpu.py --out results --coarse   # 96 points of the grid
     python scripts/bench_gpu.py --out results --tune     # sweeps the kernel's knobs at a few points
 
 Times are medians of CUDA-event times over replays of a CUDA graph that holds one call for each of several
@@ -394,21 +395,29 @@ def bench_point(library: CudaLibrary, point: Point, ceilings: dict[str, float], 
 def tune(library: CudaLibrary, point: Point) -> list[dict[str, Any]]:
     inputs = [Inputs(point, seed) for seed in range(sets_for(point.bytes))]
     found = []
-    for rows, blocks, depth, prefetch, costs in itertools.product(
-        (16, 64, 128), (1, 2, 3), (3, 4, 5, 6), (-1, 16, 40), ((1, 1), (2, 1), (1, 2))
-    ):
-        tuning = Tuning(
-            prefix_rows=rows, blocks_per_sm=blocks, pipeline_depth=depth, l2_prefetch_mb=prefetch,
-            prefix_cost=costs[0], context_cost=costs[1],
-        )  # fmt: skip
+    hopper = [
+        dict(algorithm=3, prefix_rows=rows, pipeline_depth=depth, copies_in_flight=copies,
+             prefix_cost=cost[0], context_cost=cost[1])
+        for rows, depth, copies, cost in itertools.product(
+            (64, 128), (6, 8, 24), (2, 3, 4, 6), ((16, 17), (1, 1), (4, 3), (3, 4))
+        )
+    ]  # fmt: skip
+    portable = [
+        dict(algorithm=2, prefix_rows=rows, blocks_per_sm=blocks, pipeline_depth=depth,
+             prefix_cost=cost[0], context_cost=cost[1])
+        for rows, blocks, depth, cost in itertools.product(
+            (16, 64), (1, 2, 3), (3, 4, 6), ((1, 1), (2, 1), (1, 2))
+        )
+    ]  # fmt: skip
+    for knobs in hopper + portable:
+        tuning = Tuning(**knobs)
         relay = Relay(library, inputs, tuning)
         try:
             time = graph_time(relay.calls(), budget_ms=10)
         except RuntimeError as error:
-            print(f"  {rows=} {blocks=} {depth=}: {error}")
+            print(f"  {knobs}: {error}")
             continue
-        knobs = {"prefix_rows": rows, "blocks_per_sm": blocks, "depth": depth, "l2_prefetch_mb": prefetch}
-        found.append({**knobs, "costs": costs, "us": time})
+        found.append({**knobs, "us": time})
     found.sort(key=lambda entry: entry["us"])
     return found
 
@@ -457,7 +466,14 @@ def plot(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def grid(quick: bool) -> list[Point]:
+def grid(quick: bool, coarse: bool = False) -> list[Point]:
+    if coarse:
+        return [
+            Point(hq, hkv, d, batch, prefix, 128)
+            for (hq, hkv), d, prefix, batch in itertools.product(
+                HEADS, (128, 64), (512, 2048, 8192), (1, 8, 32, 128)
+            )
+        ]
     if quick:
         cases = [(32, 8, 8, 1024), (32, 8, 8, 4096), (32, 8, 32, 1024), (32, 8, 32, 4096), (32, 8, 128, 4096),
                  (32, 8, 32, 32768), (32, 32, 32, 4096), (32, 8, 1, 8192), (64, 8, 64, 8192),
@@ -478,6 +494,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for bench_gpu.json and bench_gpu.png")
     parser.add_argument("--quick", action="store_true", help="a dozen points instead of the grid")
+    parser.add_argument("--coarse", action="store_true", help="96 points of the grid")
     parser.add_argument("--tune", action="store_true", help="sweep the kernel's knobs at the quick points")
     parser.add_argument("--library", type=Path, help="librelay_attention_cuda.so")
     parser.add_argument(
@@ -506,7 +523,7 @@ def main() -> None:
         return
     results: list[Result] = []
     document["results"] = []
-    for point in grid(arguments.quick):
+    for point in grid(arguments.quick, arguments.coarse):
         results.append(bench_point(library, point, ceilings, set(arguments.peers)))
         torch.cuda.empty_cache()
         print_result(results[-1])

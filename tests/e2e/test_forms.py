@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,33 +22,59 @@ NEW_TOKENS = 5
 PROMPTS = [np.random.default_rng(n).integers(3, d.VOCAB, n).tolist() for n in (1, 14, 3, 9)]
 
 WORKING = {
-    "decomposed": lambda: d.decoder(d.decomposed()),
-    "decomposed-scaled-query": lambda: d.decoder(d.decomposed(scale="query", repeat="tile")),
-    "decomposed-scaled-key": lambda: d.decoder(d.decomposed(scale="key", repeat="gather", factor=0.4)),
-    "decomposed-scale-split": lambda: d.decoder(d.decomposed(scale="split", guard=True)),
-    "decomposed-divided": lambda: d.decoder(d.decomposed(scale="divide", mask="where"), opset=17),
-    "decomposed-softcap": lambda: d.decoder(d.decomposed(softcap=1.5, mask="arithmetic")),
-    "decomposed-window": lambda: d.decoder(d.decomposed(window=24, softcap=2.0, mask="where")),
-    "decomposed-heads": lambda: d.decoder(d.decomposed(scale="split"), kv_heads=4),
-    "decomposed-one-kv-head": lambda: d.decoder(d.decomposed(), kv_heads=1),
-    "positions-cumsum": lambda: d.decoder(d.decomposed(), positions="cumsum"),
-    "positions-range": lambda: d.decoder(d.decomposed(), positions="range"),
-    "positions-range-24": lambda: d.decoder(d.onnx_attention(), positions="range", opset=24),
-    "attention-23": lambda: d.decoder(d.onnx_attention(), opset=23),
-    "attention-23-float-mask": lambda: d.decoder(
+    "written out, scores multiplied, keys shared by Expand": lambda: d.decoder(d.decomposed()),
+    "written out, query scaled, keys shared by Tile": lambda: d.decoder(
+        d.decomposed(scale="query", repeat="tile")
+    ),
+    "written out, key scaled, keys shared by Gather": lambda: d.decoder(
+        d.decomposed(scale="key", repeat="gather", factor=0.4)
+    ),
+    "written out, scale split on both, guard against NaN": lambda: d.decoder(
+        d.decomposed(scale="split", guard=True)
+    ),
+    "written out, opset 17, scores divided, mask by Where": lambda: d.decoder(
+        d.decomposed(scale="divide", mask="where"), opset=17
+    ),
+    "written out, softcap, mask by arithmetic": lambda: d.decoder(
+        d.decomposed(softcap=1.5, mask="arithmetic")
+    ),
+    "written out, softcap and window, mask by Where": lambda: d.decoder(
+        d.decomposed(window=24, softcap=2.0, mask="where")
+    ),
+    "written out, as many key heads as query heads": lambda: d.decoder(
+        d.decomposed(scale="split"), kv_heads=4
+    ),
+    "written out, one key head": lambda: d.decoder(d.decomposed(), kv_heads=1),
+    "written out, positions counted from attention_mask": lambda: d.decoder(
+        d.decomposed(), positions="cumsum"
+    ),
+    "written out, positions counted behind the cache": lambda: d.decoder(d.decomposed(), positions="range"),
+    "Attention 24, positions counted behind the cache": lambda: d.decoder(
+        d.onnx_attention(), positions="range", opset=24
+    ),
+    "Attention 23, caches by Concat, bool mask": lambda: d.decoder(d.onnx_attention(), opset=23),
+    "Attention 23, caches by Concat, float mask, softcap": lambda: d.decoder(
         d.onnx_attention(mask="float", scale=0.3, softcap=2.0), opset=23
     ),
-    "attention-23-window-3d": lambda: d.decoder(d.onnx_attention(rank=3, window=24), opset=23),
-    "attention-23-inner-cache": lambda: d.decoder(d.onnx_attention(inner=True, mask="bool"), opset=23),
-    "attention-24": lambda: d.decoder(d.onnx_attention(), opset=24),
-    "attention-24-inner-causal-3d": lambda: d.decoder(
+    "Attention 23 in 3-D, caches by Concat, window": lambda: d.decoder(
+        d.onnx_attention(rank=3, window=24), opset=23
+    ),
+    "Attention 23, caches of its own": lambda: d.decoder(d.onnx_attention(inner=True, mask="bool"), opset=23),
+    "Attention 24, caches by Concat, bool mask": lambda: d.decoder(d.onnx_attention(), opset=24),
+    "Attention 24 in 3-D, caches of its own, is_causal": lambda: d.decoder(
         d.onnx_attention(rank=3, inner=True, mask=None, is_causal=1), opset=24
     ),
-    "attention-24-scatter": lambda: d.decoder(d.scattered, opset=24, prepare=d.lengths),
-    "multi-head": lambda: d.decoder(d.multi_head(), kv_heads=4),
-    "multi-head-bias": lambda: d.decoder(d.multi_head(bias=True, padding=True), kv_heads=4),
-    "multi-head-unidirectional": lambda: d.decoder(d.multi_head(causal="unidirectional"), kv_heads=4),
-    "multi-head-concat": lambda: d.decoder(d.multi_head(inner=False), kv_heads=4),
+    "Attention 24, TensorScatter caches, nonpad_kv_seqlen": lambda: d.decoder(
+        d.scattered, opset=24, prepare=d.lengths
+    ),
+    "MultiHeadAttention, caches of its own, attention_bias": lambda: d.decoder(d.multi_head(), kv_heads=4),
+    "MultiHeadAttention, bias of the projections, key_padding_mask": lambda: d.decoder(
+        d.multi_head(bias=True, padding=True), kv_heads=4
+    ),
+    "MultiHeadAttention, unidirectional": lambda: d.decoder(
+        d.multi_head(causal="unidirectional"), kv_heads=4
+    ),
+    "MultiHeadAttention, caches by Concat": lambda: d.decoder(d.multi_head(inner=False), kv_heads=4),
 }
 
 
@@ -61,7 +88,7 @@ def folder(tiny: ModuleType, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("name", WORKING)
 def test_greedy_tokens_are_the_graphs_own(
-    tiny: ModuleType, folder: Callable[..., Path], tmp_path: Path, name: str
+    tiny: ModuleType, folder: Callable[..., Path], tmp_path: Path, name: str, models_table: Any
 ) -> None:
     model = WORKING[name]()
     output = export_model(folder(model), tiny.SYSTEM_PROMPT, tmp_path / "out", template="plain", threads=1)
@@ -69,13 +96,14 @@ def test_greedy_tokens_are_the_graphs_own(
     assert manifest.source == {"kind": "onnx", "architecture": "TestDecoder"}
     assert manifest.prefix.length > 3 * tiny.WINDOW
     assert manifest.geometry.local_window_size == ((24, 24) if "window" in name else (-1, -1))
-    heads = 4 if name.startswith("multi") or name == "decomposed-heads" else 1 if "one-kv" in name else 2
+    heads = 4 if "Multi" in name or "as many" in name else 1 if "one key head" in name else 2
     assert manifest.geometry.kv_num_heads == (heads, heads)
     with RelayDecoder.load(output, max_batch=3, threads=1, prefill_chunk=8) as decoder:
         greedy = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
         found = [result.token_ids for result in decoder.generate(PROMPTS, greedy)]
     whole = [[*manifest.prefix.token_ids, *prompt] for prompt in PROMPTS]
     assert found == d.greedy(model, whole, NEW_TOKENS)
+    models_table.forms[name] = ("right", "")
 
 
 def _alibi(b, layer: int, scores: str) -> str:
@@ -123,46 +151,49 @@ def _chunked(b, layer: int, query: str, key: str, value: str) -> str:
 
 
 REFUSED = {
-    "alibi": (
+    "ALiBi": (
         lambda: d.decoder(d.decomposed(edit=_alibi)),
         r"Softmax node '/Softmax_\d+'.*more than a mask.*ALiBi",
     ),
-    "chosen-bias": (
+    "a bias that the token ids choose": (
         lambda: d.decoder(d.decomposed(edit=_learned_bias)),
         r"Softmax.*cannot be evaluated.*token ids",
     ),
-    "sinks": (lambda: d.decoder(_sinks, kv_heads=4), r"Softmax.*Concat node '/Concat_\d+'.*attention sinks"),
-    "quantised": (lambda: d.decoder(_quantised, kv_heads=4), r"Softmax node.*quantised"),
-    "no-mask": (
+    "attention sinks": (
+        lambda: d.decoder(_sinks, kv_heads=4),
+        r"Softmax.*Concat node '/Concat_\d+'.*attention sinks",
+    ),
+    "quantised KV cache": (lambda: d.decoder(_quantised, kv_heads=4), r"Softmax node.*quantised"),
+    "no mask": (
         lambda: d.decoder(d.decomposed(mask="none")),
         r"Softmax.*not causal.*the query at position \d+ sees the key at \d+",
     ),
-    "chunked": (
+    "chunked mask": (
         lambda: d.decoder(_chunked, opset=23),
         r"Attention node '/Attention_\d+'.*not causal with a fixed",
     ),
-    "causal-from-the-first-key": (
+    "causal from the first key, behind a Concat": (
         # aligned with the first key, so that new tokens behind a cache do not see what is before them
         lambda: d.decoder(d.onnx_attention(mask=None, is_causal=1), opset=23),
         r"Attention node.*not causal",
     ),
-    "two-softcaps": (
+    "two softcaps": (
         lambda: d.decoder(d.decomposed(softcap=2.0, edit=lambda b, _, scores: b.op("Tanh", scores))),
         r"Softmax.*two Tanh",
     ),
-    "scores-squared": (
+    "scores squared": (
         lambda: d.decoder(d.decomposed(edit=lambda b, _, scores: b.op("Mul", scores, scores))),
         r"Softmax.*no constant, in node '/Mul_\d+'",
     ),
-    "scores-shifted": (
+    "scores shifted": (
         lambda: d.decoder(d.decomposed(edit=lambda b, _, s: b.op("Add", s, b.tensor(1, np.float32)))),
         r"Softmax.*more than a mask: 1 at a visible key",
     ),
-    "heads-shared-in-another-order": (
+    "heads shared in another order": (
         lambda: d.decoder(d.decomposed(repeat="wrong")),
         r"Softmax.*run by itself, it is not attention of 4 query and 2 key heads",
     ),
-    "scores-clipped": (
+    "scores clipped": (
         lambda: d.decoder(
             d.decomposed(edit=lambda b, _, s: b.op("Min", s, b.tensor(0.01, np.float32)))
         ),
@@ -210,9 +241,12 @@ def test_activations_quantised_together_are_spoken_of(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_causal_attention_is_refused_by_name(folder: Callable[..., Path], name: str) -> None:
+def test_what_is_not_causal_attention_is_refused_by_name(
+    folder: Callable[..., Path], name: str, models_table: Any
+) -> None:
     model, reason = REFUSED[name]
     path = folder(model())
     with pytest.raises(ExportError, match=reason) as found:
         load_onnx(path)
     assert str(path / "model.onnx") in str(found.value)
+    models_table.forms[name] = ("refused", str(found.value).replace(f"{path}/", ""))
