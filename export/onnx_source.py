@@ -306,6 +306,9 @@ def _normalise(model: ir.Model) -> None:
     """
     for value in [value for value in model.graph.initializers.values() if value in model.graph.inputs]:
         model.graph.inputs.remove(value)  # a default that could be overridden, which nobody does
+    if model.graph.opset_imports.get("", 0) < 18:
+        for node in find_nodes(model, lambda node: node.op_type == "Split" and not node.domain):
+            node.attributes.pop("num_outputs", None)  # torch leaves it where it converts to opset 17
     left_out = [output for node in model.graph for output in node.outputs if not output.name]
     run(
         model,

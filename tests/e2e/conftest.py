@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-TINY_MODELS = Path(__file__).parents[1] / "export" / "tiny_models.py"
-MODELS_TABLE = Path(__file__).with_name("models_table.py")
+EXPORT = Path(__file__).parents[1] / "export"
 
 
 def _load(path: Path) -> ModuleType:
@@ -25,22 +24,38 @@ def _load(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+tiny_models = _load(EXPORT / "tiny_models.py")
+for _path in (
+    EXPORT / "onnx_decoders.py",
+    EXPORT / "torch_exports.py",
+    Path(__file__).with_name("families.py"),
+):
+    _load(_path)  # tests import them by name
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--models-table", action="store_true", help="write docs/models.md from what the tests find"
+        "--models-table",
+        action="store_true",
+        help="run every case of docs/models.md and write it; with `pytest tests/e2e`",
+    )
+    parser.addoption(
+        "--optimum-python",
+        metavar="COMMAND",
+        help="a Python with optimum-onnx, for docs/models.md (`env PYTHONPATH=... python` will do)",
     )
 
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The module tests/export/tiny_models.py."""
-    return _load(TINY_MODELS)
+    return tiny_models
 
 
 @pytest.fixture(scope="session")
 def table_module() -> ModuleType:
     """The module models_table.py."""
-    return _load(MODELS_TABLE)
+    return _load(Path(__file__).with_name("models_table.py"))
 
 
 @pytest.fixture(scope="session")

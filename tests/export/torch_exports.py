@@ -26,7 +26,7 @@ if "rope_type" in rope:
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = config["rotary_pct"] = rope["partial_rotary_factor"]
     if rope["rope_type"] == "longrope":
-        config["rope_scaling"] = {"type": "longrope"} | {k: v for k, v in rope.items() if "factor" in k}
+        config["rope_scaling"] = {"type": "longrope"} | {k: rope[k] for k in ("short_factor", "long_factor")}
     elif rope["rope_type"] != "default":
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
 elif rope:
