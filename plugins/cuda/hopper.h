@@ -1,13 +1,18 @@
 // The Hopper kernels by head_dim: each has a translation unit of its own, compiled for sm_90a alone.
 #pragma once
 
-#include <cuda.h>
-
 #include "plan.h"
 
+#ifdef RELAY_CUDA_ON_HOST
+#include "hopper_on_host.h"
+#else
+#include <cuda.h>
 namespace relay::cuda {
-
 using TensorMap = CUtensorMap;
+}
+#endif
+
+namespace relay::cuda {
 
 struct HopperArguments {
   KernelArguments base;

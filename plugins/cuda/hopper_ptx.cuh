@@ -4,7 +4,9 @@
 
 #include "ptx.cuh"
 
-#ifndef RELAY_CUDA_ON_HOST
+#ifdef RELAY_CUDA_ON_HOST
+#include "hopper_on_host.h"
+#else
 
 #include <cuda.h>
 

@@ -3,6 +3,10 @@
 
 #include "launch.h"
 
+#ifdef RELAY_CUDA_ON_HOST
+#include "cuda_on_host.h"
+#endif
+
 namespace relay::cuda {
 
 constexpr int kThreads = 128;
@@ -26,7 +30,7 @@ constexpr int kHopperFixedBytes = 6016;  // of shared memory: what hopper.cuh ke
 struct Divisor {
   uint32_t magic;  // 2^32 / divisor, rounded up; 0 for 1
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(RELAY_CUDA_ON_HOST)
   __device__ __forceinline__ int divide(int n) const {
     return magic == 0 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), magic));
   }

@@ -25,6 +25,7 @@ def _build(folder: Path, compiler: str) -> Path:
     sources = {
         f"kernels_{d}": ROOT / "plugins" / "cuda" / f"kernels_{d}.cu" for d in (32, 64, 96, 128, 192, 256)
     }
+    sources |= {f"hopper_{d}": ROOT / "plugins" / "cuda" / f"hopper_{d}.cu" for d in (32, 64, 96, 128)}
     sources |= {"plan": ROOT / "plugins" / "cuda" / "plan.cpp", "emulation": HERE / "emulation.cpp"}
 
     def compile_one(item: tuple[str, Path]) -> str:

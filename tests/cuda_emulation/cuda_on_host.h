@@ -1,5 +1,5 @@
 // CUDA on a CPU, as far as plugins/cuda needs it: the host twin of plugins/cuda/ptx.cuh, and a machine that
-// runs a grid.
+// runs a grid. hopper_on_host.h adds the twin of hopper_ptx.cuh.
 //
 // This tests the LOGIC of the kernels (indexing, fragment layouts, barriers, races between copies and use,
 // the order of blocks). It is no GPU run: it says nothing of speed, of the compiler's output, or of the
@@ -11,8 +11,9 @@
 // - warps run in random order, each as far as the next barrier, so that a missing barrier shows;
 // - blocks run in random order and can be preempted at atomics;
 // - an asynchronous copy lands as late as allowed (at its wait), at once, or at random, so that a missing
-// wait and a buffer
-//   refilled too early both show;
+//   wait and a buffer refilled too early both show; one of the copy engine is as late as it can be when
+//   nothing else in its block can go on;
+// - threads that wait for one another for ever end the process, and who waits for what is printed;
 // - shared memory starts as NaN, and what plan.cpp did not ask for is not there.
 #pragma once
 
@@ -128,6 +129,7 @@ struct Options {
   uint64_t seed = 0;
   bool shuffle = true;  // blocks and warps in random order, preemption at atomics; else in order
   int copies = 2;       // asynchronous copies land: 0 late, 1 at once, 2 at random
+  bool hopper = false;  // watch what ordinary code writes into shared memory without a fence
 };
 
 struct Copy {
@@ -136,22 +138,39 @@ struct Copy {
   int group;
 };
 
-enum class State { kReady, kAtWarp, kAtBlock, kPaused, kDone };
+// kAtMeeting: for a named barrier; kAtBarrier: for one in shared memory; kYielded: to the other warps of the
+// block; kPaused: to the other blocks too.
+enum class State { kReady, kAtWarp, kAtBlock, kAtMeeting, kAtBarrier, kYielded, kPaused, kDone };
 
-constexpr int kMaxThreads = 128;
 constexpr size_t kStackBytes = 64 << 10;
 
 struct Thread {
   void* stack_pointer = nullptr;
   State state = State::kReady;
   std::vector<Copy> copies;
-  int group = 0;  // groups committed so far
+  int group = 0;                    // groups committed so far
+  const char* waits_for = nullptr;  // kAtBarrier, kAtMeeting
+  // 16-byte pieces of shared memory that it wrote since its last shared_write_fence, and their version
+  std::vector<std::pair<int, int>> written;
+};
+
+// What hopper_on_host.h keeps of a warp.
+struct WarpState {
+  virtual ~WarpState() = default;
+  virtual void finish() = 0;  // dies of what is not done
 };
 
 struct Warp {
   int arrived = 0;
   int operation = 0;
   void* arguments[32];
+  std::shared_ptr<WarpState> state;
+};
+
+// 16 bytes of shared memory.
+struct Piece {
+  int version = 0;  // counts changes
+  bool fenced = true;
 };
 
 struct Block {
@@ -159,11 +178,20 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;
   char* shared_base = nullptr;
-  std::vector<char> stacks;
+  size_t shared_bytes = 0;
+  std::unique_ptr<char[]> stacks;
   int at_barrier = 0;
   int done = 0;
+  // Of hopper_on_host.h.
+  std::vector<std::function<void()>> landings;  // copies under way
+  std::vector<Piece> pieces;                    // only where Options::hopper
+  int at_meeting[16] = {};
+  std::vector<uint64_t> products[8];  // of each warpgroup, for its warps to agree on
   bool finished() const { return done == static_cast<int>(threads.size()); }
 };
+
+constexpr size_t kSharedAlign = 1024;  // the copy engine's swizzle pattern
+constexpr size_t kSharedGuard = 1024;
 
 struct Index {
   unsigned x;
@@ -223,19 +251,29 @@ inline void make_fiber(Thread& thread, char* stack) {
   thread.stack_pointer = sp;
 }
 
-// Runs a block until none of its threads can go on; true if any of them ran.
-inline bool run_block(Machine& m, int index) {
+// Lands one of the copies under way.
+inline void land_one(Machine& m, size_t index) {
+  std::vector<std::function<void()>>& landings = m.block->landings;
+  const std::function<void()> land = std::move(landings[index]);
+  landings.erase(landings.begin() + static_cast<std::ptrdiff_t>(index));
+  land();
+  ++m.progress;
+}
+
+// Runs a block until none of its threads can go on.
+inline void run_block(Machine& m, int index) {
   Block& block = *m.blocks[index];
   m.block = &block;
   m.block_index.x = index;
   const int warps = static_cast<int>(block.warps.size());
   for (Thread& t : block.threads)
     if (t.state == State::kPaused) t.state = State::kReady;
-  bool ran = false;
   std::vector<int> order(warps);
   for (int w = 0; w < warps; ++w) order[w] = w;
   for (bool again = true; again;) {
     again = false;
+    for (Thread& t : block.threads)
+      if (t.state == State::kYielded) t.state = State::kReady;
     if (m.options.shuffle) std::shuffle(order.begin(), order.end(), m.random);
     for (int w : order) {
       for (bool warp_ran = true; warp_ran;) {
@@ -246,17 +284,53 @@ inline bool run_block(Machine& m, int index) {
           if (t.state != State::kReady) continue;
           m.thread_index.x = m.thread;
           cuda_on_host_switch(&m.scheduler_stack, t.stack_pointer);
-          warp_ran = again = ran = true;
+          warp_ran = again = true;
         }
       }
+      if (m.options.copies == 2 && !block.landings.empty() && m.random() % 4 == 0)
+        land_one(m, m.random() % block.landings.size());
+    }
+    if (!again && !block.landings.empty()) {
+      land_one(m, m.options.shuffle ? m.random() % block.landings.size() : 0);
+      again = true;
     }
   }
-  return ran;
+}
+
+// Who waits for what.
+inline void describe(const Machine& m) {
+  static const char* const kNames[] = {"ready",
+                                       "at a collective of the warp",
+                                       "at __syncthreads",
+                                       "at named barrier",
+                                       "at the barrier in shared memory at",
+                                       "yielded",
+                                       "spinning",
+                                       "done"};
+  for (size_t b = 0; b < m.blocks.size(); ++b) {
+    const Block& block = *m.blocks[b];
+    if (block.finished()) continue;
+    std::fprintf(stderr, "block %zu:\n", b);
+    for (size_t i = 0; i < block.threads.size();) {
+      const Thread& t = block.threads[i];
+      size_t end = i;
+      while (end < block.threads.size() && block.threads[end].state == t.state &&
+             (end == i || end % 32 != 0) && block.threads[end].waits_for == t.waits_for)
+        ++end;
+      std::fprintf(stderr, "  warp %zu, lanes %zu to %zu: %s", i / 32, i % 32, (end - 1) % 32,
+                   kNames[static_cast<int>(t.state)]);
+      if (t.state == State::kAtMeeting) std::fprintf(stderr, " %zd", t.waits_for - block.shared_base);
+      if (t.state == State::kAtBarrier) std::fprintf(stderr, " byte %zd", t.waits_for - block.shared_base);
+      std::fprintf(stderr, "\n");
+      i = end;
+    }
+  }
 }
 
 // Runs `kernel` on grid x threads fibers with shared_bytes of shared memory a block.
 inline void launch(const Options& options, int grid, int threads, size_t shared_bytes,
                    std::function<void()> kernel) {
+  static std::vector<std::pair<int, std::unique_ptr<char[]>>> spare_stacks;  // of so many threads
   Machine m;
   machine() = &m;
   m.options = options;
@@ -268,11 +342,21 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
     auto block = std::make_unique<Block>();
     block->threads.resize(threads);
     block->warps.resize((threads + 31) / 32);
-    block->shared.assign(shared_bytes + 1024, '\xff');
+    block->shared_bytes = shared_bytes;
+    if (options.hopper) block->pieces.resize(shared_bytes / 16 + 1);
+    block->shared.assign(shared_bytes + kSharedAlign + 2 * kSharedGuard, '\xff');
     block->shared_base =
-        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 127) & ~uintptr_t{127});
-    block->stacks.resize(kStackBytes * threads);
-    for (int t = 0; t < threads; ++t) make_fiber(block->threads[t], block->stacks.data() + kStackBytes * t);
+        reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 2 * kSharedGuard - 1) &
+                                ~uintptr_t{kSharedAlign - 1});
+    const auto spare = std::find_if(spare_stacks.begin(), spare_stacks.end(),
+                                    [&](const auto& s) { return s.first == threads; });
+    if (spare != spare_stacks.end()) {
+      block->stacks = std::move(spare->second);
+      spare_stacks.erase(spare);
+    } else {
+      block->stacks.reset(new char[kStackBytes * threads]);
+    }
+    for (int t = 0; t < threads; ++t) make_fiber(block->threads[t], block->stacks.get() + kStackBytes * t);
     m.blocks.push_back(std::move(block));
   }
   std::vector<int> running(grid);
@@ -292,13 +376,19 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
         running.end());
     // A spinning block makes no progress by itself; if none makes any for long, they wait for one another.
     idle = progress ? 0 : idle + 1;
-    if (idle > 100) die("deadlock: blocks wait at a barrier or collective that not all threads reach");
+    if (idle > 100) {
+      describe(m);
+      die("deadlock: threads wait at a barrier or collective that not all reach");
+    }
   }
   for (const auto& block : m.blocks) {
-    const char* end = block->shared_base + shared_bytes;
-    const char* limit = block->shared.data() + block->shared.size();
-    for (const char* byte = end; byte < limit; ++byte)
-      if (*byte != '\xff') die("a kernel wrote past its shared memory");
+    if (!block->landings.empty()) die("a block ended with tensor copies under way");
+    for (const Warp& warp : block->warps)
+      if (warp.state != nullptr) warp.state->finish();
+    for (const char* byte = block->shared.data(); byte < block->shared.data() + block->shared.size(); ++byte)
+      if ((byte < block->shared_base || byte >= block->shared_base + shared_bytes) && *byte != '\xff')
+        die("a kernel wrote outside its shared memory");
+    spare_stacks.emplace_back(threads, std::move(block->stacks));
   }
   machine() = nullptr;
 }
@@ -365,15 +455,13 @@ inline void __syncthreads() { cuda_on_host::barrier(); }
 inline void __threadfence() {}
 inline float __fdividef(float a, float b) { return std::isinf(b) ? 0.0f : a / b; }
 
-inline uint32_t atomicInc(uint32_t* word, uint32_t limit) {
-  cuda_on_host::Machine& m = *cuda_on_host::machine();
-  if (m.chance(2)) cuda_on_host::leave(cuda_on_host::State::kPaused);
-  const uint32_t old = *word;
-  *word = old >= limit ? 0 : old + 1;
-  ++m.progress;
-  if (m.chance(2)) cuda_on_host::leave(cuda_on_host::State::kPaused);
-  return old;
+inline void __syncwarp() {
+  int none = 0;
+  cuda_on_host::collective(7, none, [](int**) {});
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 template <class T>
 struct ShuffleArguments {
@@ -403,6 +491,30 @@ inline T __shfl_up_sync(unsigned, T value, int delta) {
 template <class T>
 inline T __shfl_sync(unsigned, T value, int lane) {
   return shuffle(3, value, lane);
+}
+
+template <class Result, class T, class Fold>
+inline Result fold(int operation, T value, Result first, Fold combine) {
+  struct Arguments {
+    T value;
+    Result result;
+  } mine{value, first};
+  cuda_on_host::collective(operation, mine, [&](Arguments** all) {
+    Result result = first;
+    for (int i = 0; i < 32; ++i) result = combine(result, all[i]->value, i);
+    for (int i = 0; i < 32; ++i) all[i]->result = result;
+  });
+  return mine.result;
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  return fold<unsigned>(8, predicate, 0u,
+                        [](unsigned r, int x, int i) { return r | (x != 0 ? 1u << i : 0u); });
+}
+inline int __any_sync(unsigned, int predicate) {
+  return fold<int>(9, predicate, 0, [](int r, int x, int) { return r | (x != 0); });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  return fold<unsigned>(10, value, ~0u, [](unsigned r, unsigned x, int) { return min(r, x); });
 }
 
 // ---- the host twin of ptx.cuh ----
@@ -466,6 +578,15 @@ inline uint4 load_shared_16(SharedAddress address) {
 }
 inline void store_shared_16(SharedAddress address, const uint4& value) {
   check_alignment(address);
+  cuda_on_host::Machine& m = *cuda_on_host::machine();
+  if (!m.block->pieces.empty()) {
+    // Not for the copy engine's and the products' eyes until a fence. Writing what is there already is
+    // harmless: two warpgroups do so in a buffer that both read.
+    const int index = static_cast<int>((address - m.block->shared_base) / 16);
+    cuda_on_host::Piece& piece = m.block->pieces.at(index);
+    if (std::memcmp(address, &value, 16) != 0) ++piece.version, piece.fenced = false;
+    if (!piece.fenced) m.current().written.emplace_back(index, piece.version);
+  }
   std::memcpy(address, &value, 16);
 }
 
@@ -552,16 +673,24 @@ inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
-inline uint32_t load_acquire(const uint32_t* word) { return *const_cast<const volatile uint32_t*>(word); }
-inline void store_release(uint32_t* word, uint32_t value) {
-  *word = value;
-  ++cuda_on_host::machine()->progress;
+// Read in spins: others must run in between.
+inline uint32_t load_acquire(const uint32_t* word) {
+  cuda_on_host::leave(cuda_on_host::State::kPaused);
+  return *const_cast<const volatile uint32_t*>(word);
+}
+inline uint32_t add_release(uint32_t* word, uint32_t value) {
+  cuda_on_host::Machine& m = *cuda_on_host::machine();
+  if (m.chance(2)) cuda_on_host::leave(cuda_on_host::State::kPaused);
+  const uint32_t before = *word;
+  *word = before + value;
+  ++m.progress;
+  if (m.chance(2)) cuda_on_host::leave(cuda_on_host::State::kPaused);
+  return before;
 }
 template <class Vector>
 inline Vector load_other_block(const Vector* words) {
   return *words;
 }
-inline void pause_spin() { cuda_on_host::leave(cuda_on_host::State::kPaused); }
 inline void prefetch_l2(const void* line) {
   volatile char byte = *static_cast<const char*>(line);
   (void)byte;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cuda_on_host.h"
+#include "hopper.h"
 #include "kernels.h"
 
 namespace {
@@ -47,17 +48,52 @@ class Guarded {
   char* base_;
 };
 
+HopperKernel find_hopper_kernel(const RelayParams& p) {
+  switch (p.head_dim) {
+    case 32:
+      return hopper_kernel_32(p.dtype);
+    case 64:
+      return hopper_kernel_64(p.dtype);
+    case 96:
+      return hopper_kernel_96(p.dtype);
+    default:
+      return hopper_kernel_128(p.dtype);
+  }
+}
+
+// As launch.cu's.
+TensorMap tensor_map(const void* tensor, const RelayParams& p, int64_t heads, int64_t rows) {
+  if (heads == 0 || rows == 0) return TensorMap{};
+  const uint64_t atom = atom_elements(p.head_dim), row_bytes = uint64_t{2} * p.head_dim;
+  const uint32_t atoms = static_cast<uint32_t>(p.head_dim / atom);
+  return encode_tensor_map(tensor, {atom, static_cast<uint64_t>(rows), atoms, static_cast<uint64_t>(heads)},
+                           {row_bytes, 2 * atom, row_bytes * rows},
+                           {static_cast<uint32_t>(atom), kBlockKeys, atoms, 1});
+}
+
 void run(const Kernels& kernels, const KernelArguments& arguments, const Plan& plan,
-         const cuda_on_host::Options& options) {
-  cuda_on_host::launch(options, plan.grid, kThreads, plan.shared_bytes,
-                       [&] { kernels.attention(arguments); });
+         cuda_on_host::Options options) {
+  if (!plan.hopper) {
+    cuda_on_host::launch(options, plan.grid, kThreads, plan.shared_bytes,
+                         [&] { kernels.attention(arguments); });
+    return;
+  }
+  const RelayParams& p = arguments.params;
+  const int64_t caches = int64_t{p.batch} * p.kv_num_heads;
+  const HopperArguments hopper{arguments, tensor_map(p.prefix_key, p, p.kv_num_heads, p.prefix_length),
+                               tensor_map(p.prefix_value, p, p.kv_num_heads, p.prefix_length),
+                               tensor_map(p.present_key, p, caches, p.max_context),
+                               tensor_map(p.present_value, p, caches, p.max_context)};
+  const HopperKernel kernel = find_hopper_kernel(p);
+  options.hopper = true;
+  cuda_on_host::launch(options, plan.grid, kHopperThreads, plan.shared_bytes, [&] { kernel(hopper); });
 }
 
 }  // namespace
 
-// dry_run: only check and plan. plan_out (may be null): [prefix_rows, context_rows, depth, grid, launches].
-// barrier: the epoch word's first value; the words must be ready for another launch afterwards.
-extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tuning, int sm_count,
+// major: compute capability; 9 lets make_plan choose the Hopper kernel. dry_run: only check and plan.
+// plan_out (may be null): [prefix_rows, context_rows, depth, grid, launches, hopper, shared_bytes].
+extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tuning, int major, int sm_count,
                              size_t shared_limit, uint64_t seed, int shuffle, int copies, int guard_at_end,
                              int dry_run, int* plan_out, char* message, size_t message_size) {
   RelayParams p = *caller;
@@ -65,11 +101,17 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
   if (status != Status::kOk) return static_cast<int>(status);
   const size_t element = 2, b = p.batch, s = p.sequence, d = p.head_dim, kv = p.kv_num_heads;
   Plan plan{};
-  const DeviceLimits device{sm_count, shared_limit, shared_limit + 1024};
+  const DeviceLimits device{major, sm_count, shared_limit, shared_limit + 1024};
   status = make_plan(p, *tuning, device, &plan, message, message_size);
   if (status != Status::kOk) return static_cast<int>(status);
   if (plan_out != nullptr) {
-    const int values[5] = {plan.prefix_rows, plan.context_rows, plan.depth, plan.grid, plan.launches};
+    const int values[7] = {plan.prefix_rows,
+                           plan.context_rows,
+                           plan.depth,
+                           plan.grid,
+                           plan.launches,
+                           plan.hopper,
+                           static_cast<int>(plan.shared_bytes)};
     std::memcpy(plan_out, values, sizeof(values));
   }
   if (dry_run != 0) return 0;
@@ -113,16 +155,16 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
     cuda_on_host::launch(options, p.batch * p.sequence * p.num_heads, 32, 0,
                          [&] { kernels.reference_attention(p); });
   } else {
-    const size_t size = workspace_layout(p, plan.tokens_per_launch, plan.grid).total;
+    const size_t size = plan_workspace(p, plan).total;
     if (size > workspace_bytes(p, sm_count)) cuda_on_host::die("workspace_bytes is too small for the plan");
     Guarded workspace(nullptr, size, end), barrier(nullptr, kBarrierBytes, end);
     uint32_t* words = reinterpret_cast<uint32_t*>(barrier.data);
     std::memset(words, 0, kBarrierBytes);
-    words[32] = static_cast<uint32_t>(seed * 2654435761u);  // the epoch may start from anything
+    words[0] = static_cast<uint32_t>(seed) << 31;  // the top bit may be either
     if (plan.append_before) cuda_on_host::launch(options, 3, kThreads, 0, [&] { kernels.append(p); });
     for (int i = 0; i < plan.launches; ++i) {
       run(kernels, kernel_arguments(p, plan, i, workspace.data, words), plan, options);
-      if (words[0] != 0) cuda_on_host::die("the barrier is not ready for the next launch");
+      if (words[0] << 1 != 0) cuda_on_host::die("the barrier is not ready for the next launch");
     }
   }
   std::memcpy(original.output, output.data, query);

@@ -30,12 +30,12 @@ class Emulation:
         self.library.relay_emulate_workspace_bytes.restype = ctypes.c_size_t
 
     def call(
-        self, params: Params, tuning: Tuning, *, sm_count: int = 3, shared: int = SM_90, seed: int = 1,
+        self, params: Params, tuning: Tuning, *, major: int = 8, sm_count: int = 3, shared: int = SM_90, seed: int = 1,
         shuffle: bool = True, copies: int = 2, guard_at_end: bool = True, dry_run: bool = False,
     ) -> tuple[int, str, list[int]]:  # fmt: skip
-        message, plan = ctypes.create_string_buffer(512), (ctypes.c_int * 5)()
+        message, plan = ctypes.create_string_buffer(512), (ctypes.c_int * 7)()
         status = self.library.relay_emulate(
-            ctypes.byref(params), ctypes.byref(tuning), sm_count, ctypes.c_size_t(shared),
+            ctypes.byref(params), ctypes.byref(tuning), major, sm_count, ctypes.c_size_t(shared),
             ctypes.c_uint64(seed), int(shuffle), copies, int(guard_at_end), int(dry_run), plan, message,
             ctypes.c_size_t(len(message)),
         )  # fmt: skip

@@ -3,8 +3,8 @@
 #include "plugins/cuda/launch.h"
 
 extern "C" int relay_emulate(const relay::cuda::RelayParams* params, const relay::cuda::RelayTuning* tuning,
-                             int sm_count, size_t shared_limit, uint64_t seed, int shuffle, int copies,
-                             int guard_at_end, int dry_run, int* plan_out, char* message,
+                             int major, int sm_count, size_t shared_limit, uint64_t seed, int shuffle,
+                             int copies, int guard_at_end, int dry_run, int* plan_out, char* message,
                              size_t message_size);
 
 static int launches_with_barrier = 0;
@@ -21,7 +21,7 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
   if (!workspace || workspace_size < workspace_bytes(params, sm_count())) return Status::kWorkspaceTooSmall;
   launches_with_barrier += barrier != nullptr;
   constexpr size_t kSharedBytesOfSm90 = 227 << 10;
-  return static_cast<Status>(relay_emulate(&params, &tuning, sm_count(), kSharedBytesOfSm90, 1, 1, 0, 1, 0,
+  return static_cast<Status>(relay_emulate(&params, &tuning, 8, sm_count(), kSharedBytesOfSm90, 1, 1, 0, 1, 0,
                                            nullptr, message, message_size));
 }
 
