@@ -317,12 +317,10 @@ class HopperAttention {
         segment(slot) = s;
       }
       __syncwarp();
-      if (any && small) {
-        load_queries<2>(warpgroup, first_row, rows, lane, 32);
-        if (!a.appended_before) load_fresh(walk, context_end - 1, slot, lane);
-        shared_write_fence();
-        __syncwarp();
-      }
+      if (any && small) load_queries<2>(warpgroup, first_row, rows, lane, 32);
+      if (any && walk.is_context && !a.appended_before) load_fresh(walk, context_end - 1, slot, lane);
+      shared_write_fence();
+      __syncwarp();
       if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 1);
       if (!any) return;
       walk.unit = stop;
