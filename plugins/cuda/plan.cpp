@@ -109,6 +109,7 @@ bool plan_hopper(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   plan->prefix_rows = own_rows * p.batch <= 64 ? 64 : 128;
   if (tuning.prefix_rows > 0 && plan->context_rows == 64)
     plan->prefix_rows = tuning.prefix_rows <= 64 ? 64 : 128;
+  if (device.sm_count < 2) plan->prefix_rows = plan->context_rows;  // a block has tiles of one kind only
   int stages = tuning.pipeline_depth > 0 ? std::clamp(tuning.pipeline_depth, 4, kMaxStages) : kMaxStages;
   const auto bytes = [&](int n) {
     return hopper_bytes(p.head_dim, n, p.batch, plan->tokens_per_launch, &plan->ring_offset);
