@@ -22,6 +22,8 @@ from relay_cuda import (
 )
 
 SM_90, SM_86 = 227 << 10, 99 << 10
+HOPPER = {"major": 9, "algorithm": 3}
+KERNELS: dict[str, dict[str, int]] = {"portable": {}, "hopper": HOPPER}
 
 
 class Emulation:
@@ -30,8 +32,8 @@ class Emulation:
         self.library.relay_emulate_workspace_bytes.restype = ctypes.c_size_t
 
     def call(
-        self, params: Params, tuning: Tuning, *, major: int = 8, sm_count: int = 3, shared: int = SM_90, seed: int = 1,
-        shuffle: bool = True, copies: int = 2, guard_at_end: bool = True, dry_run: bool = False,
+        self, params: Params, tuning: Tuning, *, major: int = 8, sm_count: int = 3, shared: int = SM_90,
+        seed: int = 1, shuffle: bool = True, copies: int = 2, guard_at_end: bool = True, dry_run: bool = False,
     ) -> tuple[int, str, list[int]]:  # fmt: skip
         message, plan = ctypes.create_string_buffer(512), (ctypes.c_int * 7)()
         status = self.library.relay_emulate(
@@ -149,6 +151,57 @@ def test_reference_kernel_matches_float64(emulation: Emulation, name: str) -> No
     check(emulation, CASES[name], seed=4, algorithm=1)
 
 
+HOPPER_CASES = {name: case for name, case in CASES.items() if case.head_dim <= 128} | {
+    "group of 40": Case(group=40, kv_num_heads=1, context_lens=(63, 64, 0), rotary_dim=64),
+    "group of 70, wide contexts": Case(group=70, kv_num_heads=2, context_lens=(63, 64, 0), rotary_dim=64),
+    "prefill, head_dim 96": Case(sequence=20, context_lens=(5, 60, 7), query_lens=(20, 19, 1), head_dim=96,
+                                 rotary_dim=96, rotary_interleaved=True, softcap=9.0),
+    "long prompt": Case(sequence=200, max_context=260, context_lens=(60,), prefix_length=10, group=3,
+                        kv_num_heads=1),
+    "more requests than lanes": Case(context_lens=tuple(range(70)), query_lens=(1, 0) * 35, kv_num_heads=1,
+                                     group=2, prefix_length=300),
+    "wide prefix, narrow contexts": Case(context_lens=tuple(range(0, 200, 10)), max_context=220,
+                                         prefix_length=640, rotary_dim=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_hopper_matches_float64(emulation: Emulation, name: str) -> None:
+    check(emulation, HOPPER_CASES[name], seed=5, **HOPPER)
+
+
+@pytest.mark.parametrize("copies", [0, 1, 2])
+@pytest.mark.parametrize("in_flight", [1, 2, 3, 5, 24])
+@pytest.mark.parametrize("depth", [4, 5, 6, 7, 13])
+def test_hopper_rings_and_late_or_early_copies(
+    emulation: Emulation, depth: int, in_flight: int, copies: int
+) -> None:
+    case = Case(prefix_length=400, rotary_dim=64, context_lens=(5, 70, 0, 66))
+    wide = replace(case, context_lens=(5, 70, 0, 66) * 5)
+    for c in (case, wide):
+        check(emulation, c, copies=copies, pipeline_depth=depth, copies_in_flight=in_flight, seed=depth,
+              sm_count=2, **HOPPER)  # fmt: skip
+
+
+@pytest.mark.parametrize("sm_count", [1, 2, 3, 5, 9, 14])
+@pytest.mark.parametrize("costs", [(1, 1), (3, 1), (1, 4), (0, 0)])
+def test_hopper_any_split_of_the_work(emulation: Emulation, sm_count: int, costs: tuple[int, int]) -> None:
+    narrow = Case(prefix_length=520, context_lens=(5, 70, 0, 66, 12), group=7, kv_num_heads=2)
+    mixed = Case(prefix_length=520, context_lens=(5, 70, 0, 66, 12) * 3, max_context=150, group=7,
+                 head_dim=32, rotary_dim=32)  # fmt: skip
+    wide = Case(sequence=30, context_lens=(5, 90, 0), query_lens=(30, 7, 22), max_context=150, rotary_dim=16)
+    for case in (narrow, mixed, wide):
+        check(emulation, case, sm_count=sm_count, prefix_cost=costs[0], context_cost=costs[1], **HOPPER)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_hopper_tile_sizes(emulation: Emulation, rows: int) -> None:
+    many = Case(group=8, kv_num_heads=1, context_lens=tuple(range(0, 78, 3)), head_dim=96, prefix_length=200)
+    window = replace(CASES["prefill, ragged"], local_window_size=33, prefix_length=150, softcap=9.0)
+    for case in (CASES["group of 7"], CASES["prefill, ragged"], CASES["group of 24"], many, window):
+        check(emulation, case, prefix_rows=rows, **HOPPER)
+
+
 @pytest.mark.parametrize("copies", [0, 1, 2])
 @pytest.mark.parametrize("depth", [2, 3, 4, 5, 6])
 def test_pipeline_depths_and_late_or_early_copies(emulation: Emulation, depth: int, copies: int) -> None:
@@ -171,29 +224,34 @@ def test_every_tile_size_serves_every_call(emulation: Emulation, rows: tuple[int
         check(emulation, case, prefix_rows=rows[0], context_rows=rows[1])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 3, 7, 32])
-def test_a_call_cut_into_launches(emulation: Emulation, tokens: int) -> None:
+def test_a_call_cut_into_launches(emulation: Emulation, tokens: int, kernel: str) -> None:
     case = Case(
         sequence=20, context_lens=(5, 0, 40, 7), query_lens=(20, 13, 0, 1), rotary_dim=64, kv_num_heads=1
     )
-    check(emulation, case, tokens_per_launch=tokens)
-    check(emulation, replace(case, local_window_size=9), tokens_per_launch=tokens)
+    check(emulation, case, tokens_per_launch=tokens, **KERNELS[kernel])
+    check(emulation, replace(case, local_window_size=9), tokens_per_launch=tokens, **KERNELS[kernel])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["decode", "prefill, ragged", "group of 7", "no prefix"])
-def test_bit_identical_in_any_order_of_blocks(emulation: Emulation, name: str) -> None:
-    tensors = CASES[name].inputs(8)
-    runs = [emulation.run(CASES[name], tensors, sm_count=4, shuffle=False)]
-    runs += [emulation.run(CASES[name], tensors, sm_count=4, seed=s, copies=s % 3) for s in range(6)]
+def test_bit_identical_in_any_order_of_blocks(emulation: Emulation, name: str, kernel: str) -> None:
+    tensors, options = CASES[name].inputs(8), {"sm_count": 4, **KERNELS[kernel]}
+    runs = [emulation.run(CASES[name], tensors, shuffle=False, **options)]
+    runs += [emulation.run(CASES[name], tensors, seed=s, copies=s % 3, **options) for s in range(6)]
     for run in runs[1:]:
         for got, first in zip(run, runs[0], strict=True):
             assert np.array_equal(got, first)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("guard_at_end", [True, False])
-def test_nothing_outside_the_tensors_is_touched(emulation: Emulation, guard_at_end: bool) -> None:
+def test_nothing_outside_the_tensors_is_touched(
+    emulation: Emulation, guard_at_end: bool, kernel: str
+) -> None:
     for name in ("decode", "prefill, ragged", "head_dim 96", "lengths out of range", "full cache"):
-        check(emulation, CASES[name], guard_at_end=guard_at_end, copies=1)
+        check(emulation, CASES[name], guard_at_end=guard_at_end, copies=1, **KERNELS[kernel])
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
@@ -204,8 +262,9 @@ def test_small_shared_memory(emulation: Emulation, head_dim: int, dtype: int) ->
     check(emulation, case, shared=SM_86)
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_random_calls(emulation: Emulation, seed: int) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls(emulation: Emulation, seed: int, kernel: str) -> None:
     rng = np.random.default_rng(1000 + seed)
     head_dim = int(rng.choice([32, 64, 64, 96, 128]))
     batch, sequence = int(rng.integers(1, 7)), int(rng.choice([1, 1, 2, 5, 17]))
@@ -226,15 +285,17 @@ def test_random_calls(emulation: Emulation, seed: int) -> None:
         rotary_interleaved=bool(rng.integers(2)),
         in_place=bool(rng.integers(2)),
     )
-    check(emulation, case, seed=seed, sm_count=int(rng.integers(1, 7)), copies=int(rng.integers(3)))
+    sm_count, copies = int(rng.integers(1, 7)), int(rng.integers(3))
+    check(emulation, case, seed=seed, sm_count=sm_count, copies=copies, **KERNELS[kernel])
 
 
-def test_nan_in_one_request_stays_there(emulation: Emulation) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_in_one_request_stays_there(emulation: Emulation, kernel: str) -> None:
     case = Case(query_lens=(1, 1, 1))
     tensors = case.inputs(5)
-    clean = emulation.run(case, tensors)[0]
+    clean = emulation.run(case, tensors, **KERNELS[kernel])[0]
     tensors["key"][1] = 0x7E00
-    got = from_bits(emulation.run(case, tensors)[0], case.dtype)
+    got = from_bits(emulation.run(case, tensors, **KERNELS[kernel])[0], case.dtype)
     assert np.isnan(got[1]).all()
     assert np.array_equal(got[[0, 2]], from_bits(clean, case.dtype)[[0, 2]])
 
@@ -277,6 +338,42 @@ def test_every_gpu_gets_a_plan(emulation: Emulation, head_dim: int, batch: int, 
         assert status == 0, message
         assert plan[3] % 132 == 0
         assert 2 <= plan[2] <= 6
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("batch", [1, 8, 32, 256, 1024])
+def test_every_call_gets_a_hopper_plan(emulation: Emulation, head_dim: int, batch: int) -> None:
+    """Its shared memory is tested by the largest batch below."""
+    case = Case(
+        head_dim=head_dim, context_lens=(1,) * batch, kv_num_heads=8, prefix_length=32768, max_context=4096
+    )
+    for sequence in (1, 4, 512):
+        params = replace(case, sequence=sequence).params()
+        status, message, plan = emulation.call(params, Tuning(), major=9, sm_count=132, dry_run=True)
+        assert status == 0, message
+        assert plan[5] == 1
+        assert plan[3] == 132
+        assert 4 <= plan[2] <= 24
+        assert plan[6] <= SM_90
+
+
+def test_hopper_serves_the_largest_batch(emulation: Emulation) -> None:
+    """1024 requests, whose tokens fill one launch."""
+    case = Case(head_dim=128, group=1, kv_num_heads=1, context_lens=(1, 5) * 512, max_context=6,
+                prefix_length=64)  # fmt: skip
+    check(emulation, case, **HOPPER)
+    check(emulation, replace(case, sequence=2, context_lens=(1, 4) * 512, query_lens=(2, 1) * 512), **HOPPER)
+
+
+@pytest.mark.parametrize(("major", "head_dim"), [(8, 128), (10, 128), (9, 192)])
+def test_hopper_kernel_refuses_other_gpus_and_heads(emulation: Emulation, major: int, head_dim: int) -> None:
+    params = Case(head_dim=head_dim).params()
+    status, message, _ = emulation.call(params, Tuning(algorithm=3), major=major, dry_run=True)
+    assert status == 2
+    assert "the Hopper kernel needs compute capability 9.x" in message
+    status, message, plan = emulation.call(params, Tuning(), major=major, dry_run=True)
+    assert status == 0, message
+    assert plan[5] == 0
 
 
 def test_workspace_never_shrinks(emulation: Emulation) -> None:
