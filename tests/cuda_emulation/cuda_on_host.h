@@ -13,7 +13,8 @@
 // - an asynchronous copy lands as late as allowed (at its wait), at once, or at random, so that a missing
 //   wait and a buffer refilled too early both show; one of the copy engine is as late as it can be when
 //   nothing else in its block can go on;
-// - threads that wait for one another for ever end the process, and who waits for what is printed;
+// - threads that wait for one another for ever end the launch, and who waits for what is said;
+// - lanes of a warp fall behind;
 // - shared memory starts as NaN, and what plan.cpp did not ask for is not there.
 #pragma once
 
@@ -26,6 +27,9 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -55,10 +59,8 @@ using std::min;
 
 namespace cuda_on_host {
 
-[[noreturn]] inline void die(const char* what) {
-  std::fprintf(stderr, "cuda_on_host: %s\n", what);
-  std::abort();
-}
+// Ends the launch: launch() throws it, its other fibers are abandoned.
+[[noreturn]] inline void die(const std::string& what) { throw std::runtime_error("cuda_on_host: " + what); }
 
 // ---- fibers ----
 #if defined(__x86_64__)
@@ -207,6 +209,7 @@ struct Machine {
   int thread = 0;
   Index thread_index, block_index, grid_size, block_size;
   int progress = 0;
+  std::string failure;  // of a fiber
 
   Thread& current() { return block->threads[thread]; }
   Warp& warp() { return block->warps[thread / 32]; }
@@ -228,12 +231,15 @@ inline void leave(State state) {
 
 inline void fiber_main() {
   Machine& m = *machine();
-  m.kernel();
-  for (const Copy& copy : m.current().copies) (void)copy;
-  if (!m.current().copies.empty()) die("a thread ended with asynchronous copies in flight");
+  try {
+    m.kernel();
+    if (!m.current().copies.empty()) die("a thread ended with asynchronous copies in flight");
+  } catch (const std::exception& e) {
+    m.failure = e.what();
+  }
   ++m.block->done;
   leave(State::kDone);
-  die("a finished thread was resumed");
+  std::abort();  // nobody resumes a finished thread
 }
 
 inline void make_fiber(Thread& thread, char* stack) {
@@ -282,8 +288,14 @@ inline void run_block(Machine& m, int index) {
           m.thread = w * 32 + lane;
           Thread& t = block.threads[m.thread];
           if (t.state != State::kReady) continue;
+          if (m.chance(256)) {  // falls behind the other lanes
+            t.state = State::kYielded;
+            again = true;
+            continue;
+          }
           m.thread_index.x = m.thread;
           cuda_on_host_switch(&m.scheduler_stack, t.stack_pointer);
+          if (!m.failure.empty()) throw std::runtime_error(m.failure);
           warp_ran = again = true;
         }
       }
@@ -298,33 +310,35 @@ inline void run_block(Machine& m, int index) {
 }
 
 // Who waits for what.
-inline void describe(const Machine& m) {
+inline std::string describe(const Machine& m) {
+  std::string text;
   static const char* const kNames[] = {"ready",
                                        "at a collective of the warp",
                                        "at __syncthreads",
                                        "at named barrier",
-                                       "at the barrier in shared memory at",
+                                       "at the barrier in shared memory at byte",
                                        "yielded",
                                        "spinning",
                                        "done"};
   for (size_t b = 0; b < m.blocks.size(); ++b) {
     const Block& block = *m.blocks[b];
     if (block.finished()) continue;
-    std::fprintf(stderr, "block %zu:\n", b);
+    text += "block " + std::to_string(b) + ":\n";
     for (size_t i = 0; i < block.threads.size();) {
       const Thread& t = block.threads[i];
       size_t end = i;
       while (end < block.threads.size() && block.threads[end].state == t.state &&
              (end == i || end % 32 != 0) && block.threads[end].waits_for == t.waits_for)
         ++end;
-      std::fprintf(stderr, "  warp %zu, lanes %zu to %zu: %s", i / 32, i % 32, (end - 1) % 32,
-                   kNames[static_cast<int>(t.state)]);
-      if (t.state == State::kAtMeeting) std::fprintf(stderr, " %zd", t.waits_for - block.shared_base);
-      if (t.state == State::kAtBarrier) std::fprintf(stderr, " byte %zd", t.waits_for - block.shared_base);
-      std::fprintf(stderr, "\n");
+      text += "  warp " + std::to_string(i / 32) + ", lanes " + std::to_string(i % 32) + " to " +
+              std::to_string((end - 1) % 32) + ": " + kNames[static_cast<int>(t.state)];
+      if (t.state == State::kAtMeeting || t.state == State::kAtBarrier)
+        text += " " + std::to_string(t.waits_for - block.shared_base);
+      text += "\n";
       i = end;
     }
   }
+  return text;
 }
 
 // Runs `kernel` on grid x threads fibers with shared_bytes of shared memory a block.
@@ -332,7 +346,10 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
                    std::function<void()> kernel) {
   static std::vector<std::pair<int, std::unique_ptr<char[]>>> spare_stacks;  // of so many threads
   Machine m;
-  machine() = &m;
+  struct Current {
+    explicit Current(Machine* m) { machine() = m; }
+    ~Current() { machine() = nullptr; }
+  } current(&m);
   m.options = options;
   m.random.seed(options.seed);
   m.kernel = std::move(kernel);
@@ -377,8 +394,7 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
     // A spinning block makes no progress by itself; if none makes any for long, they wait for one another.
     idle = progress ? 0 : idle + 1;
     if (idle > 100) {
-      describe(m);
-      die("deadlock: threads wait at a barrier or collective that not all reach");
+      die("deadlock: threads wait at a barrier or collective that not all reach\n" + describe(m));
     }
   }
   for (const auto& block : m.blocks) {
@@ -390,7 +406,6 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
         die("a kernel wrote outside its shared memory");
     spare_stacks.emplace_back(threads, std::move(block->stacks));
   }
-  machine() = nullptr;
 }
 
 // All 32 lanes meet; the last one runs body(arguments of lane 0..31).

@@ -91,11 +91,9 @@ void run(const Kernels& kernels, const KernelArguments& arguments, const Plan& p
 
 }  // namespace
 
-// major: compute capability; 9 lets make_plan choose the Hopper kernel. dry_run: only check and plan.
-// plan_out (may be null): [prefix_rows, context_rows, depth, grid, launches, hopper, shared_bytes].
-extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tuning, int major, int sm_count,
-                             size_t shared_limit, uint64_t seed, int shuffle, int copies, int guard_at_end,
-                             int dry_run, int* plan_out, char* message, size_t message_size) {
+static int emulate(const RelayParams* caller, const RelayTuning* tuning, int major, int sm_count,
+                   size_t shared_limit, uint64_t seed, int shuffle, int copies, int guard_at_end, int dry_run,
+                   int* plan_out, char* message, size_t message_size) {
   RelayParams p = *caller;
   Status status = check(p, dry_run == 0, message, message_size);
   if (status != Status::kOk) return static_cast<int>(status);
@@ -171,6 +169,20 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
   std::memcpy(original.present_key, present_key.data, cache);
   std::memcpy(original.present_value, present_value.data, cache);
   return 0;
+}
+
+// major: compute capability; 9 lets make_plan choose the Hopper kernel. dry_run: only check and plan.
+// plan_out (may be null): [prefix_rows, context_rows, depth, grid, launches, hopper, shared_bytes].
+extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tuning, int major, int sm_count,
+                             size_t shared_limit, uint64_t seed, int shuffle, int copies, int guard_at_end,
+                             int dry_run, int* plan_out, char* message, size_t message_size) {
+  try {
+    return emulate(caller, tuning, major, sm_count, shared_limit, seed, shuffle, copies, guard_at_end,
+                   dry_run, plan_out, message, message_size);
+  } catch (const std::exception& e) {
+    std::snprintf(message, message_size, "%s", e.what());
+    return -1;
+  }
 }
 
 extern "C" size_t relay_emulate_workspace_bytes(const RelayParams* p, int sm_count) {

@@ -6,7 +6,7 @@
 // - products read shared memory when they are issued, or not before they are waited for; until then their
 //   results are NaN, and what ordinary code wrote without a fence behind it is NaN to them;
 // - a warp's products do not wait for those of its warpgroup, but all four must issue the same;
-// - a barrier in shared memory ends the process when more arrives than it expects.
+// - a barrier in shared memory ends the launch when more arrives than it expects.
 #pragma once
 
 #include <deque>
@@ -346,6 +346,7 @@ inline void barrier_expect(SharedAddress barrier, uint32_t bytes) {
 inline void barrier_arrive(SharedAddress barrier, uint32_t arrivals) {
   cuda_on_host::preempt();
   cuda_on_host::arrive(barrier, arrivals, 0);
+  cuda_on_host::preempt();
 }
 inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
   cuda_on_host::check_shared(barrier, 8, 8);
