@@ -288,9 +288,10 @@ inline void run_block(Machine& m, int index) {
           m.thread = w * 32 + lane;
           Thread& t = block.threads[m.thread];
           if (t.state != State::kReady) continue;
-          if (m.chance(256)) {  // falls behind the other lanes
-            t.state = State::kYielded;
-            again = true;
+          if (m.chance(64)) {  // falls behind the other lanes, perhaps until they cannot go on
+            const bool far = m.random() % 2 == 0;
+            t.state = far ? State::kPaused : State::kYielded;
+            again |= !far;
             continue;
           }
           m.thread_index.x = m.thread;
