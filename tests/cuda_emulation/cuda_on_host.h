@@ -303,7 +303,7 @@ inline void run_block(Machine& m, int index) {
       if (m.options.copies == 2 && !block.landings.empty() && m.random() % 4 == 0)
         land_one(m, m.random() % block.landings.size());
     }
-    if (!again && !block.landings.empty()) {
+    if (!again && !block.landings.empty() && !block.finished()) {
       land_one(m, m.options.shuffle ? m.random() % block.landings.size() : 0);
       again = true;
     }
