@@ -21,7 +21,7 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
   if (!workspace || workspace_size < workspace_bytes(params, sm_count())) return Status::kWorkspaceTooSmall;
   launches_with_barrier += barrier != nullptr;
   constexpr size_t kSharedBytesOfSm90 = 227 << 10;
-  return static_cast<Status>(relay_emulate(&params, &tuning, 8, sm_count(), kSharedBytesOfSm90, 1, 1, 0, 1, 0,
+  return static_cast<Status>(relay_emulate(&params, &tuning, 9, sm_count(), kSharedBytesOfSm90, 1, 1, 0, 1, 0,
                                            nullptr, message, message_size));
 }
 
