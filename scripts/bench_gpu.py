@@ -287,8 +287,9 @@ def ort_gqa_time(x: Inputs, rounds: int = 50) -> float:
         opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)],
     )  # fmt: skip
     options = ort.SessionOptions()
-    stream = torch.cuda.current_stream().cuda_stream
-    provider = ("CUDAExecutionProvider", {"user_compute_stream": str(stream), "has_user_compute_stream": "1"})
+    # Not the default stream: its handle is 0, which ONNX Runtime takes for none; events would time nothing.
+    stream = torch.cuda.Stream()
+    provider = ("CUDAExecutionProvider", {"user_compute_stream": str(stream.cuda_stream)})
     session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
     past = x.whole()
     output = torch.empty_like(x.query)
@@ -307,15 +308,16 @@ def ort_gqa_time(x: Inputs, rounds: int = 50) -> float:
         binding.bind_output(name, "cuda", 0, np.float16, list(tensor.shape), tensor.data_ptr())
     run_options = ort.RunOptions()
     run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    torch.cuda.synchronize()  # the tensors are made on another stream
     for _ in range(5):
         session.run_with_iobinding(binding, run_options)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(5):
-        start.record()
+        start.record(stream)
         for _ in range(rounds):
             session.run_with_iobinding(binding, run_options)
-        end.record()
+        end.record(stream)
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / rounds)
     return statistics.median(times)

@@ -37,6 +37,8 @@ SMALL = {
     "no prefix": Case(prefix_length=0, rotary_dim=32),
     "group of 7": Case(group=7, kv_num_heads=4, context_lens=(5, 70, 0, 64, 63)),
     "group of 16": Case(group=16, kv_num_heads=1, head_dim=256, dtype=BFLOAT16),
+    "group of 24": Case(group=24, kv_num_heads=1, context_lens=(5, 70, 0, 64), rotary_dim=64),
+    "group of 70": Case(group=70, kv_num_heads=1, head_dim=128, rotary_dim=128, prefix_length=200),
     "multi-head": Case(group=1, kv_num_heads=8, head_dim=96),
     "idle rows": Case(context_lens=(5, 9, 70, 3), query_lens=(1, 0, 1, 0)),
     "softcap, window": Case(
