@@ -1,4 +1,4 @@
-"""The likeliest tokens of logits that lie on a device, by small ONNX Runtime sessions there."""
+"""The likeliest tokens of logits that lie on a device, by a small ONNX Runtime session there."""
 
 from __future__ import annotations
 
@@ -16,24 +16,19 @@ _ALIGNMENT = 256  # bytes, as device memory is allocated
 
 
 class TopTokens:
-    """Finds the largest logits of each row. Its sessions are made when they are first needed."""
+    """Finds the largest logits of each row. Its session is made when it is first needed."""
 
-    def __init__(self, provider: Any, memory: Memory, vocab_size: int, options: Any = None):
-        """provider: as InferenceSession takes it; it enqueues on the stream of `memory`. options: RunOptions.
-
-        Two graphs serve: one that cuts the vocabulary into parts, and a plain one where the parts would be
-        smaller than what is asked for.
-        """
+    def __init__(self, provider: Any, memory: Memory, options: Any = None):
+        """provider: as InferenceSession takes it; it enqueues on the stream of `memory`. options: RunOptions."""
         self._provider, self._memory, self._options = provider, memory, options
-        self._vocab_size, self._parts = vocab_size, top_tokens.parts_of(vocab_size)
-        self._opened: dict[int, tuple[Any, Binding]] = {}  # by parts
+        self._opened: tuple[Any, Binding] | None = None
         self._output: Any = memory.zeros((0,), np.dtype(np.uint8))
 
     def find(self, logits: Any, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """logits [n, vocab] float32 in `memory`; see `backend.ReadsTop`. Raises: BackendError."""
         rows, vocab_size = logits.shape
         count = min(count, vocab_size)
-        session, binding = self._session(self._parts if count <= vocab_size // self._parts else 1)
+        session, binding = self._session()
         shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             top_tokens.VALUES: ((rows, count), np.dtype(np.float32)),
             top_tokens.IDS: ((rows, count), np.dtype(np.int64)),
@@ -65,19 +60,19 @@ class TopTokens:
         return values, ids
 
     def close(self) -> None:
-        self._opened.clear()
+        self._opened = None
         self._output = None
 
-    def _session(self, parts: int) -> tuple[Any, Binding]:
-        if parts not in self._opened:
+    def _session(self) -> tuple[Any, Binding]:
+        if self._opened is None:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
-            model = top_tokens.top_tokens_model(self._vocab_size, parts)
+            model = top_tokens.top_tokens_model()
             try:
                 session = onnxruntime.InferenceSession(model, options, [self._provider], enable_fallback=0)
             except Exception as error:
                 raise BackendError(
                     f"ONNX Runtime refuses the graph of the likeliest tokens: {error}"
                 ) from error
-            self._opened[parts] = session, Binding(session, self._memory)
-        return self._opened[parts]
+            self._opened = session, Binding(session, self._memory)
+        return self._opened

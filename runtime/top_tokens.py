@@ -7,50 +7,19 @@ from collections.abc import Sequence
 LOGITS, COUNT, VALUES, IDS, SUMS = "logits", "count", "values", "ids", "sums"
 _FLOAT, _INT64, _INT = 1, 7, 2  # TensorProto.FLOAT, TensorProto.INT64, AttributeProto.INT
 _IR_VERSION, _OPSET = 8, 17
-_WIDTHS = range(4096, 255, -1)  # of a part, the best first: few enough blocks to run at once, each soon done
 
 
-def parts_of(vocab_size: int) -> int:
-    """Into how many equal parts a vocabulary is best cut for `top_tokens_model`; 1 for none."""
-    for width in _WIDTHS:
-        if vocab_size % width == 0 and vocab_size > width:
-            return vocab_size // width
-    return 1
-
-
-def top_tokens_model(vocab_size: int = 0, parts: int = 1) -> bytes:
+def top_tokens_model() -> bytes:
     """logits [n, vocab] float32, count [1] int64 -> values [n, count] descending, ids [n, count], sums [n].
 
-    The sum of a row is finite only if each of its logits is. parts: the vocabulary is cut into so many equal
-    parts, and the likeliest of all are found among the likeliest of each: a TopK of ONNX Runtime on CUDA is
-    one block of threads a row, however long. count is then at most vocab_size / parts.
+    The sum of a row is finite only if each of its logits is.
     The runtime does without the package onnx; the field numbers are those of onnx.proto.
     """
-    if parts == 1:
-        nodes = [_node("TopK", [LOGITS, COUNT], [VALUES, IDS])]
-        constants = []
-    else:
-        width = vocab_size // parts
-        nodes = [
-            _node("Reshape", [LOGITS, "parts_shape"], ["parts"]),
-            _node("TopK", ["parts", COUNT], ["part_values", "part_ids"]),
-            _node("Add", ["part_ids", "first_ids"], ["part_token_ids"]),
-            _node("Reshape", ["part_values", "flat_shape"], ["candidates"]),
-            _node("Reshape", ["part_token_ids", "flat_shape"], ["candidate_ids"]),
-            _node("TopK", ["candidates", COUNT], [VALUES, "places"]),
-            _node("GatherElements", ["candidate_ids", "places"], [IDS], axis=1),
-        ]
-        constants = [
-            _int64s("parts_shape", [3], [-1, parts, width]),
-            _int64s("first_ids", [parts, 1], range(0, vocab_size, width)),
-            _int64s("flat_shape", [2], [0, -1]),
-        ]
-    nodes.append(_node("ReduceSum", [LOGITS, "axes"], [SUMS], keepdims=0))
-    constants.append(_int64s("axes", [1], [-1]))
     graph = [
-        *(_bytes(1, node) for node in nodes),
+        _bytes(1, _node("TopK", [LOGITS, COUNT], [VALUES, IDS])),
+        _bytes(1, _node("ReduceSum", [LOGITS, "axes"], [SUMS], keepdims=0)),
         _bytes(2, b"top_tokens"),
-        *(_bytes(5, constant) for constant in constants),
+        _bytes(5, _int64s("axes", [1], [-1])),
         _bytes(11, _value(LOGITS, _FLOAT, ["rows", "vocabulary"])),
         _bytes(11, _value(COUNT, _INT64, [1])),
         _bytes(12, _value(VALUES, _FLOAT, ["rows", "count"])),

@@ -323,9 +323,7 @@ class Gqa:
             for name in ("key", "value")
         }
         self.logits = memory.zeros((batch * model.vocab,), np.dtype(np.float32))
-        self.top = TopTokens(
-            self.provider, memory, model.vocab, cuda_backend.run_options({cuda_backend._NO_WAIT: 1})
-        )
+        self.top = TopTokens(self.provider, memory, cuda_backend.run_options({cuda_backend._NO_WAIT: 1}))
         self.bindings: dict[tuple[int, bool], tuple[Binding, Any]] = {}
         self.most = np.asarray(model.positions, np.int32)
         self.last: Any = None
@@ -505,16 +503,11 @@ def time_relay(
                     raise RuntimeError(next(result.error for result in found if result.error))
                 results.times[side, batch, "decoder"] = statistics.median(np.diff(seen).tolist())
     if not check_only:
-        with part(results, "the likeliest tokens, cut into parts and not"):
-            rows = max(batches)
-            top, backend._last_logits = (
-                backend._top,
-                backend._memory.view(backend._logits, (rows, model.vocab)),
-            )
-            for parts in {1, top._parts}:
-                top._parts = parts
+        with part(results, "the likeliest tokens"):
+            for rows in sorted({min(batches), max(batches)}):
+                backend._last_logits = backend._memory.view(backend._logits, (rows, model.vocab))
                 taken = median_time(lambda: backend.read_top(TOP), arguments.repeat)
-                results.note(f"{TOP} likeliest of {rows} rows, {parts} parts: {taken * 1e6:.0f} us")
+                results.note(f"{TOP} likeliest of {rows} rows: {taken * 1e6:.0f} us")
     decoder.close()
     return logits[-CHECK_STEPS:]
 

@@ -1,9 +1,9 @@
 // Relay attention in one launch on Hopper: as attention.cuh, with the copy engine and products of four warps.
 //
-//   warps 0..3, 4..7   warpgroups 0 and 1 multiply: online softmax over the key blocks of one tile after the
-//   other warps 8, 9         one thread each streams keys and values through a ring of buffers warps 10, 11
-//   find the tiles of warpgroups 0 and 1 ahead of them, load the queries of small ones (up to 16
-//                      rows: decoding), then append the new tokens to the cache
+// Warps 0 to 3 and 4 to 7 are warpgroups 0 and 1: they multiply.
+// Warps 8 and 9 stream keys and values through rings of buffers, one thread of each.
+// Warps 10 and 11 find the tiles of warpgroups 0 and 1 ahead of them, load the queries of small ones (up to
+// 16 rows: decoding), then append the new tokens to the cache.
 //
 // Who does what: hopper_schedule.cuh. Nearly all of a short launch is latency, and code that runs once is
 // fetched from far away: what is not in the inner loop is kept small rather than unrolled.

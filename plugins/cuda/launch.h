@@ -60,9 +60,9 @@ struct RelayParams {
 // Knobs for benchmarks and tests; all zero = chosen by make_plan (plan.h).
 struct RelayTuning {
   int32_t algorithm;       // 0 = auto, 1 = the slow reference kernel, 2 = tensor cores, 3 = Hopper
-  int32_t prefix_rows;     // rows of a prefix tile: 16, 64 or (head_dim <= 128) 128
+  int32_t prefix_rows;     // rows of a prefix tile: 16, 64 or (head_dim <= 128) 128; Hopper: 64 or 128
   int32_t context_rows;    // rows of a context tile: 16 or 64
-  int32_t pipeline_depth;  // buffers in the copy pipeline: 2..6, of 64 keys or 64 values each
+  int32_t pipeline_depth;  // buffers in the copy pipeline, of 64 keys or 64 values each: 2..6; Hopper: 4..24
   int32_t blocks_per_sm;   // blocks resident on one multiprocessor, at most
   int32_t prefix_cost;     // weights by which blocks share out the work (per 64 keys of one tile), 1..64
   int32_t context_cost;

@@ -31,7 +31,7 @@ from relay_attention.runtime.backend import ReadsTop, batch_bucket, load_backend
 from relay_attention.runtime.onnxruntime_backend import HostMemory
 from relay_attention.runtime.onnxruntime_top import TopTokens
 from relay_attention.runtime.sampling import TIES, Sampler
-from relay_attention.runtime.top_tokens import parts_of, top_tokens_model
+from relay_attention.runtime.top_tokens import top_tokens_model
 
 TESTS = Path(__file__).parents[1]
 NAME = "onnxruntime-cuda"
@@ -140,37 +140,16 @@ def test_graph_of_the_likeliest_tokens():
     assert numpy_helper.to_array(made.graph.initializer[0]).tolist() == [-1]
 
 
-@pytest.mark.parametrize(("vocab_size", "parts"), [(6, 2), (1200, 4), (128256, 32)])
-def test_graph_in_parts(vocab_size, parts):
-    """The likeliest of all are among the likeliest of each part."""
-    model = onnx.load_from_string(top_tokens_model(vocab_size, parts))
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    logits = np.random.default_rng(0).standard_normal((3, vocab_size)).astype(np.float32)
-    logits[1, -1] = logits[2, 0] = 9
-    for count in (1, 2, min(9, vocab_size // parts)):
-        values, ids, sums = session.run(
-            ["values", "ids", "sums"], {"logits": logits, "count": np.array([count])}
-        )
-        np.testing.assert_array_equal(values, -np.sort(-logits)[:, :count])
-        np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
-        np.testing.assert_allclose(sums, logits.sum(1), rtol=1e-3)
-
-
-def test_parts():
-    for vocab_size, parts in ((128256, 32), (32000, 8), (151936, 64), (50257, 29), (272, 1), (50021, 1)):
-        assert parts_of(vocab_size) == parts
-
-
-def test_top_tokens_in_parts_and_whole():
-    """Asking for more than a part holds takes the plain graph."""
-    finder = TopTokens("CPUExecutionProvider", HostMemory(), 8192)
-    logits = np.random.default_rng(0).standard_normal((5, 8192)).astype(np.float32)
-    for count in (9, 4096, 4097, 9000, 9):
+def test_top_tokens():
+    """One session for all counts; an output buffer that grows."""
+    finder = TopTokens("CPUExecutionProvider", HostMemory())
+    random = np.random.default_rng(0)
+    for rows, count in ((1, 9), (5, 9), (2, 8192), (5, 9000), (5, 1)):
+        logits = random.standard_normal((rows, 8192)).astype(np.float32)
         values, ids = finder.find(logits, count)
+        assert values.shape == ids.shape == (rows, min(count, 8192))
         np.testing.assert_array_equal(values, -np.sort(-logits)[:, :count])
         np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
-    assert set(finder._opened) == {1, 2}
 
 
 def test_read_top(artifact):
@@ -729,13 +708,11 @@ def test_gpu_tokens(wide, prompts, mode):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [1, 32])
-def test_gpu_graph_of_the_likeliest_tokens_stays_there(cuda_box, parts):
+def test_gpu_graph_of_the_likeliest_tokens_stays_there(cuda_box):
     """Every node that computes is on the GPU, and what it finds is right for a vocabulary of real size."""
     session = onnxruntime.SessionOptions()
     session.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    model = top_tokens_model(128256, parts)
-    made = onnxruntime.InferenceSession(model, session, providers=[module.CUDA])
+    made = onnxruntime.InferenceSession(top_tokens_model(), session, providers=[module.CUDA])
     placed = {
         node.op_type: part.ep_name
         for part in made.get_provider_graph_assignment_info()
