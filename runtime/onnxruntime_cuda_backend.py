@@ -243,8 +243,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBase):
         except BaseException:
             memory.close()
             raise
-        vocab_size = artifact.manifest.geometry.vocab_size
-        self._top = TopTokens(provider, memory, vocab_size, run_options({_NO_WAIT: 1}))
+        self._top = TopTokens(provider, memory, run_options({_NO_WAIT: 1}))
         super().__init__(artifact, session, memory)
 
     def _open(self, artifact: Artifact, threads: int | None, provider: Any, device: str) -> Any:

@@ -19,7 +19,7 @@ class TopTokens:
     """Finds the largest logits of each row. Its session is made when it is first needed."""
 
     def __init__(self, provider: Any, memory: Memory, options: Any = None):
-        """provider: as InferenceSession takes it; it enqueues on the stream of `memory`. options: RunOptions."""
+        """provider: as InferenceSession takes it, on the stream of `memory`. options: RunOptions."""
         self._provider, self._memory, self._options = provider, memory, options
         self._opened: tuple[Any, Binding] | None = None
         self._output: Any = memory.zeros((0,), np.dtype(np.uint8))
