@@ -98,10 +98,11 @@ class DeviceMemory:
     def provider_options(self) -> dict[str, str]:
         """Of CUDAExecutionProvider: this GPU and this stream.
 
-        Memory is taken as asked for, not doubled each time: the caches need the rest.
+        Memory is taken as asked for, not doubled each time: the caches need the rest. GPU 0, the default, is
+        left out: where it is named, ONNX Runtime from 1.26 on warns for every session that no plugin has it,
+        by its process-wide logger, whatever the session's severity is.
         """
-        return {
-            "device_id": str(self.index),
+        return ({"device_id": str(self.index)} if self.index else {}) | {
             "user_compute_stream": str(self._stream.handle),
             "arena_extend_strategy": "kSameAsRequested",
         }

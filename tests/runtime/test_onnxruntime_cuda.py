@@ -615,6 +615,18 @@ def test_no_gpu(gpu, artifact):
         load_over_fake(artifact.path, device_id=5)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_provider_options(gpu, index):
+    """GPU 0 is not named, every other is."""
+    gpu.devices = 2
+    memory = module.DeviceMemory(index)
+    options = memory.provider_options
+    assert options.pop("device_id", "0") == str(index)
+    assert set(options) == {"user_compute_stream", "arena_extend_strategy"}
+    assert ("device_id" in memory.provider_options) == (index > 0)
+    memory.close()
+
+
 def test_swapped_prefix_is_freed(gpu, input_artifact, make_artifact, tmp_path, prompts):
     other = make_artifact(tmp_path / "other", mode="input", text="Be short.")
     params = SamplingParams(max_new_tokens=6)
