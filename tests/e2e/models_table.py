@@ -19,7 +19,8 @@ weights and a prefix of more than three windows.
   logits are within the tolerance of `relay-attention verify` ([the rule](export.md#the-rule-of-verify)).
 - CPU is ONNX Runtime on the CPU, which ran. ONNX Runtime on CUDA and TensorRT did not run here.
   For TensorRT the table says only whether the graph passes the exporter's checks of forms and operators.
-  What did run on a GPU: [onnxruntime_cuda.md](onnxruntime_cuda.md), [tensorrt.md](tensorrt.md).
+  What did run on a GPU, Llama's form (float16, int4) and GPT-2's: [onnxruntime_cuda.md](onnxruntime_cuda.md),
+  [tensorrt.md](tensorrt.md).
 - *not built*, *not made*: the tool does not make that model, or not from what this version of transformers
   saves; onnxruntime-genai's model builder is {versions[onnxruntime-genai]}.
 
