@@ -3,11 +3,13 @@
 
 `make` runs where torch and transformers are and writes artifacts. `check` runs where tensorrt, cuda-bindings
 and onnxruntime are; every step is a process of its own, as TensorRT can end its process, so that a step that
-fails stops only what needs its result. What needs no quiet GPU runs first, side by side.
-scripts/test_tensorrt.sh calls both.
+fails stops only what needs its result. What times nothing runs first, side by side; then one by one, as
+builders time kernels on the GPU: three at once each took ten times as long for it, and timed one another.
+`--only` runs the steps named and what they need and is not there from an earlier call (a plan of that level,
+peer.npz). scripts/test_tensorrt.sh calls both.
 
 usage: check_tensorrt.py make WORK
-       check_tensorrt.py check WORK [--seconds N] [--peer COMMAND] [--level N]
+       check_tensorrt.py check WORK [--seconds N] [--peer COMMAND] [--level N] [--only NAME[,NAME...]]
        check_tensorrt.py step NAME WORK [--level N]
 """
 
@@ -93,33 +95,68 @@ def row(name: str) -> Callable[[Callable[[], str]], None]:
 
 
 def build(work: Path, name: str, level: int | None, **options: Any) -> str:
-    """Builds work/name; says what the builder spent its time on, by its own log."""
+    """Builds work/name; says what the builder spent its time on, by its own log.
+
+    All builds share a timing cache, unless one is given: what an earlier one has timed is not timed again.
+    """
     from relay_attention.export.build import BuildOptions, build_engine
 
     sizes = {"max_batch": 16, "prefill_batch": 4, "chunk": 32}
     if name == "large":
         sizes = {"max_batch": max(large_model.BATCHES), "prefill_batch": 4, "chunk": large_model.CONTEXT}
-    chosen = BuildOptions(**(sizes | {"optimization_level": level, "verbose": True} | options))
+    common = {"optimization_level": level, "verbose": True, "timing_cache": work / "timing.cache"}
+    chosen = BuildOptions(**(sizes | common | options))
+    assert chosen.timing_cache is not None
+    cached = chosen.timing_cache.stat().st_size if chosen.timing_cache.is_file() else 0
     log = work / f"build-{name}-{level}.log"
+    built_at(work, name).unlink(missing_ok=True)
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
         path = build_engine(work / name, chosen)
     seconds = time.monotonic() - start
-    for line in slowest(log.read_text("utf-8")):
+    text = log.read_text("utf-8")
+    for line in [*slowest(text), in_float32(text)]:
         print(f"{NOTE}{name}: {line}", flush=True)
+    built_at(work, name).write_text(str(level))
     shown = "its own level" if level is None else f"level {level}"
-    return f"{seconds:.1f} s at {shown}, {path.stat().st_size / 1e6:.1f} MB"
+    before = f"timing cache of {cached / 1e3:.0f} kB before" if cached else "no timing cache before"
+    return f"{seconds:.1f} s at {shown}, {path.stat().st_size / 1e6:.1f} MB, {before}"
+
+
+def built_at(work: Path, name: str) -> Path:
+    """Holds the level of the plan that is there; absent while it is built and where that failed."""
+    return work / f"built-{name}"
 
 
 def slowest(log: str, count: int = 6) -> list[str]:
-    """Where the time between the log's lines went, summed over lines that begin alike."""
-    found = re.findall(r"^TensorRT +([\d.]+) s: (.*)$", log, re.MULTILINE)
+    """What the time between the log's lines went into. Where another process has the GPU, the 90th percentile
+    of a timing is many times its median."""
     spent: dict[str, list[float]] = {}
+    runner = ""
+    found = re.findall(r"^TensorRT +([\d.]+) s: (.*)$", log, re.MULTILINE)
     for (before, _), (after, message) in pairwise(found):
-        kind = re.sub(r"[\d.]+", "#", re.sub(r"[\"'({\[].*", "", message)).strip()[:60]
+        if "Timing Runner: " in message:
+            runner = re.sub(r".*\(|\[0x\w*\]|\)$", "", message)
+        if message.startswith("Tactic"):  # after a tactic was timed: its time, or for some, its name
+            kind = f"timing {runner}"
+        elif "Set user's cuda kernel library" in message:  # after Myelin's compiler
+            kind = f"compiling {runner}"
+        elif "Init builder kernel library" in message:
+            kind = "loading the builder's kernels"
+        else:
+            kind = "other"
         spent.setdefault(kind, []).append(float(after) - float(before))
-    ordered = sorted(spent.items(), key=lambda item: -sum(item[1]))[:count]
-    return [f"{sum(times):6.1f} s in {len(times)} x until {kind!r}" for kind, times in ordered]
+    return [
+        f"{sum(times):6.1f} s: {kind}, {len(times)} x {1e3 * np.median(times):.1f} ms (median; "
+        f"90th percentile {1e3 * np.percentile(times, 90):.1f})"
+        for kind, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:count]
+    ]
+
+
+def in_float32(log: str) -> str:
+    """Without typed networks TensorRT chooses a linear layer's type where `build` does not pin it."""
+    layers = re.findall(r"Layer\(\w*(?:Conv|Gemm|MatrixMultiply|FullyConnected)\w*\): (.*)", log)
+    return f"{sum('(Float[' in layer for layer in layers)} of {len(layers)} linear layers are in float32"
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -399,11 +436,6 @@ def step_refused(work: Path) -> None:
             ("does not fit", "NVIDIA A100"),
         ),
         "plan of another TensorRT": (lambda: described.write_text(version), ("does not fit", "8.5.3.1")),
-        # its fifth byte begins the version's tag; the last, as a reader may go astray here
-        "plan with another version in TensorRT's own header": (
-            lambda: _replace(plan, content[:4] + bytes([content[4] ^ 1]) + content[5:], info),
-            ("refuses the plan",),
-        ),
     }  # fmt: skip
 
     @row("refused: batch beyond the profile")
@@ -465,14 +497,46 @@ def step_no_cudnn(work: Path, level: int | None) -> None:
 
 
 def step_levels(work: Path) -> None:
-    """What a build costs by level, without a timing cache and with one that has seen the same layers."""
-    for level in (2, 0, 3, 1):
-        cache = work / f"levels-{level}.cache"
+    """What a build costs by level, without a timing cache and with one that has seen the same layers; and
+    with arithmetic pinned to the graph's float16, which leaves TensorRT fewer formats to time."""
+    from relay_attention.export import build as module
+
+    keep_float32 = module._keep_float32
+    for level, pinned in ((1, False), (1, True), (0, False), (2, False), (3, False)):
+        cache = work / f"levels-{level}{'-pinned' * pinned}.cache"
+        module._keep_float32 = _pin_all(keep_float32) if pinned else keep_float32
         for state in ("cold", "warm"):
 
-            @row(f"small: build, level {level}, timing cache {state}")
+            @row(f"small: build, level {level}{', all pinned' * pinned}, timing cache {state}")
             def _() -> str:
-                return build(work, "small", level, timing_cache=cache, force=True)  # noqa: B023
+                text = build(work, "small", level, timing_cache=cache, force=True)  # noqa: B023
+                return f"{text}; {same(work / 'small')}"
+
+    module._keep_float32 = keep_float32
+    built_at(work, "small").unlink(missing_ok=True)  # whatever is there now is not what `build:small` makes
+
+
+def _pin_all(keep_float32: Callable[..., None]) -> Callable[..., None]:
+    """build's `_keep_float32`, and the same for arithmetic that is float16 in the graph."""
+
+    def pin(trt: Any, network: Any, model: Any) -> None:
+        import onnx_ir
+
+        arithmetic = ("MATRIX_MULTIPLY", "FULLY_CONNECTED", "CONVOLUTION", "ELEMENTWISE")
+        kinds = {getattr(trt.LayerType, name, None) for name in arithmetic}
+        halves = {
+            node.name
+            for node in model.graph
+            if node.op_type != "Cast" and all(v.dtype == onnx_ir.DataType.FLOAT16 for v in node.outputs)
+        }
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.type in kinds and layer.name in halves:
+                layer.precision = trt.DataType.HALF
+                layer.set_output_type(0, trt.DataType.HALF)
+        keep_float32(trt, network, model)
+
+    return pin
 
 
 def _replace(plan: Path, content: bytes, info: Any) -> None:
@@ -509,13 +573,18 @@ def run_step(name: str, work: Path, level: int | None) -> None:
 @dataclass
 class Step:
     """One process. needs: seconds that must be left for it to be worth a start; limit: that it may take.
-    after: steps without which it makes no sense."""
+    after: steps without which it makes no sense. uses: steps whose result it takes where there is one.
+    made, content: a file that says by its content, or if None by being there, that an earlier call's result
+    is there."""
 
     name: str
     command: list[str]
     needs: float
     limit: float
     after: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    made: Path | None = None
+    content: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
     state: str = "not run"
@@ -553,6 +622,11 @@ class Step:
                 self.add(f"{FAIL}  {self.name}: ended with {code}: {' | '.join(last[-4:])[:900]}")
         self.state = "ok" if self.rows[-1].startswith(OK) else "FAIL"
 
+    def there(self) -> bool:
+        if self.made is None or not self.made.is_file():
+            return False
+        return self.content is None or self.made.read_text() == self.content
+
     def add(self, line: str) -> None:
         self.rows.append(line)
         say(line)
@@ -563,61 +637,94 @@ def say(line: str) -> None:
 
 
 def plan_steps(work: Path, peer: str | None, level: int) -> tuple[list[Step], list[Step]]:
-    """What may run side by side, and what runs after it, one by one, the most telling first."""
+    """What may run side by side, as it times nothing, and what runs after it, one by one: what has been seen
+    least first."""
 
-    def own(name: str, needs: float, limit: float, *after: str, at: int = level, **variables: str) -> Step:
+    def own(name: str, needs: float, limit: float, *after: str, at: int = level, **more: Any) -> Step:
         command = [sys.executable, __file__, "step", name, str(work), "--level", str(at)]
-        return Step(titled(name, at), command, needs, limit, after, variables)
+        kind, _, argument = name.partition(":")
+        if kind == "build":
+            more |= {"made": built_at(work, argument), "content": str(at)}
+        return Step(titled(name, at), command, needs, limit, after, **more)
 
     def titled(name: str, at: int) -> str:
-        return name if at == level else f"{name} at level {at}"
+        return name if at == level else f"{name}@{at}"
 
     def tests(name: str, python: list[str], file: str, *options: str) -> Step:
         command = [*python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rf", "--tb=short", *options]
         return Step(name, [*command, str(ROOT / "tests/tensorrt" / file)], 20, 150)
 
-    first = [own("build:small", 60, 240), own("build:input", 60, 240), own("build:demo", 60, 240)]
-    first.append(tests("names", [sys.executable], "test_real_tensorrt.py"))
-    then = [own("agree:small", 10, 90, "build:small")]
+    first, then = [tests("names", [sys.executable], "test_real_tensorrt.py")], []
     if peer:
         first.append(tests("adapters", [peer], "test_adapter_gpu.py", "-m", "gpu"))
-    large = (work / "large").is_dir()
+    large = bool(peer) and (work / "large").is_dir()
     if peer and large:
         script = [peer, str(ROOT / "scripts/large_model.py")]
         folders = [str(work / "large"), str(work / "large_ort")]
         first.append(Step("fill", [*script, "fill", *folders], 20, 120))
         timing = [*script, "time", "onnxruntime-cuda", folders[1], str(work / "peer.npz")]
-        then.append(Step("peer", timing, 30, 100, ("fill",)))
-        then += [own("build:large", 60, 240, "fill"), own("large", 30, 90, "build:large")]
+        then += [
+            own("build:large", 60, 300, "fill"),
+            Step("peer", timing, 30, 100, ("fill",), made=work / "peer.npz"),
+            own("large", 30, 90, "build:large", uses=("peer",)),
+        ]
     found = os.environ.get("LD_LIBRARY_PATH", "").split(":")
     others = [part for part in found if "cudnn" not in part and "cublas" not in part]
+    without = {"LD_LIBRARY_PATH": ":".join(others)}
     then += [
-        own("refit", 10, 60, "build:small"),
+        own("build:input", 60, 300),
         own("bind", 10, 60, "build:input"),
+        own("build:small", 20, 300),  # by the timings of input, which has the same layers
+        own("agree:small", 10, 90, "build:small"),
+        own("refit", 10, 60, "build:small"),
         own("refused", 15, 60, "build:small"),
+        own("no_cudnn", 20, 300, environment=without),
+        own("build:demo", 60, 300),
         own("demo", 15, 60, "build:demo"),
-        own("no_cudnn", 20, 120, LD_LIBRARY_PATH=":".join(others)),
     ]
-    if peer and large and level < DEFAULT_LEVEL:
+    if large and level < DEFAULT_LEVEL:
         slow = titled("build:large", DEFAULT_LEVEL)
-        then.append(own("build:large", 100, 300, "build:large", at=DEFAULT_LEVEL))
-        then.append(own("large", 25, 90, slow, at=DEFAULT_LEVEL))
-    return first, [*then, own("levels", 40, 300, "build:small")]
+        then.append(own("build:large", 100, 300, "fill", at=DEFAULT_LEVEL))
+        then.append(own("large", 25, 90, slow, at=DEFAULT_LEVEL, uses=("peer",)))
+    return first, [*then, own("levels", 60, 600)]
 
 
-def check(work: Path, seconds: float, peer: str | None, level: int) -> int:
+def choose(steps: dict[str, Step], only: list[str]) -> set[str]:
+    """The steps named, and what they need that is not there; what is there counts as done.
+
+    Raises: SystemExit, with all the names, where one is none."""
+    if unknown := [name for name in only if name not in steps]:
+        raise SystemExit(f"--only: no step {', '.join(unknown)} here; there are: {', '.join(steps)}")
+    chosen: set[str] = set()
+    waiting = list(only)
+    while waiting:
+        step = steps[waiting.pop()]
+        if step.name in chosen:
+            continue
+        if step.name not in only and step.there():
+            step.state = "ok"
+            say(f"{NOTE}{step.name}: there from before")
+            continue
+        chosen.add(step.name)
+        waiting += [*step.after, *step.uses]
+    return chosen
+
+
+def check(work: Path, seconds: float, peer: str | None, level: int, only: list[str] | None = None) -> int:
     deadline = START + seconds
     logs = work / "logs"
     logs.mkdir(exist_ok=True)
     first, then = plan_steps(work, peer, level)
     steps = {step.name: step for step in (*first, *then)}
+    chosen = choose(steps, only) if only else set(steps)
+    first, then = ([step for step in part if step.name in chosen] for part in (first, then))
 
     def run(step: Step) -> None:
-        log = logs / f"{step.name.replace(':', '-').replace(' ', '-')}.log"
+        log = logs / f"{step.name.replace(':', '-')}.log"
         step.run(deadline, log)
         kind, _, name = step.name.partition(":")
         if kind == "build" and step.state != "ok" and deadline - time.monotonic() > step.needs:
-            step.command = [sys.executable, __file__, "step", f"rebuild:{name.split()[0]}", str(work)]
+            step.command = [sys.executable, __file__, "step", f"rebuild:{name.split('@')[0]}", str(work)]
             step.run(deadline, log.with_suffix(".again.log"))
 
     threads = [threading.Thread(target=run, args=(step,)) for step in first]
@@ -633,6 +740,7 @@ def check(work: Path, seconds: float, peer: str | None, level: int) -> int:
             step.state = "not run, time was up"
         else:
             run(step)
+    steps = {name: step for name, step in steps.items() if name in chosen}
     rows = [line for step in steps.values() for line in step.rows]
     missing = [f"{step.state}: {step.name}" for step in steps.values() if step.state.startswith("not run")]
     passed = sum(line.startswith(OK) for line in rows)
@@ -651,6 +759,9 @@ def main() -> int:
     checking.add_argument("--seconds", type=float, default=420, help="no step is begun or goes on after it")
     checking.add_argument("--peer", help="command: a Python with onnxruntime-gpu, torch and pytest")
     checking.add_argument("--level", type=int, default=1, help="optimization level of the first builds")
+    checking.add_argument(
+        "--only", help="steps, with commas between: these, and what they need; a wrong name lists them all"
+    )
     one = actions.add_parser("step")
     one.add_argument("name")
     one.add_argument("work", type=Path)
@@ -662,7 +773,8 @@ def main() -> int:
     elif arguments.action == "step":
         run_step(arguments.name, arguments.work, arguments.level)
     else:
-        return check(arguments.work, arguments.seconds, arguments.peer, arguments.level)
+        only = arguments.only.split(",") if arguments.only else None
+        return check(arguments.work, arguments.seconds, arguments.peer, arguments.level, only)
     return 0
 
 

@@ -9,9 +9,12 @@
 # On the GPU machine, in the checkout, with DIR's folders in $STAGE (default /dev/shm/relay), and beside them
 #   runtime/env.sh, which sets RELAY_PY310 to a Python 3.10 with TensorRT, cuda-bindings and NumPy, and, if there is
 #   one, ort/env.sh, which lets PYTHON import onnxruntime-gpu:
-#   scripts/test_tensorrt.sh check [--seconds N] [--level N]   scripts/check_tensorrt.py; its logs go to $OUT too
-#   scripts/test_tensorrt.sh adapters                          the test host of every major alone
-# GPU times are only as good as the machine is idle.
+#   scripts/test_tensorrt.sh check [--seconds N] [--level N] [--only NAME[,NAME...]]
+#     scripts/check_tensorrt.py; its logs go to $OUT too. --only: these steps and what they need that is not there:
+#     names adapters fill build:large peer large build:input bind build:small agree:small refit refused no_cudnn
+#     build:demo demo build:large@3 large@3 levels
+#   scripts/test_tensorrt.sh adapters   the test host of every major alone
+# GPU times, and those of a build too, are only as good as the machine is idle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stage=${STAGE:-/dev/shm/relay}
@@ -103,7 +106,7 @@ case $step in
   adapters) adapters ;;
   check) check "$@" ;;
   *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -82,7 +82,7 @@ def test_refusals(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_tensorrt.run_step("build:small", work, 1)
     check_tensorrt.run_step("refused", work, 1)
     found = rows(capsys)
-    assert len(found) == 11
+    assert len(found) == 10
     assert not [line for line in found if line.startswith(FAIL)]
 
 
@@ -154,10 +154,135 @@ def test_time_is_up(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_slowest() -> None:
-    log = "".join(
-        f"TensorRT {at:8.3f} s: {text}\n" for at, text in ((0, "a"), (1, "Tactic 3"), (5, "Tactic 44"))
+    """Each line's time is its runner's, the compiler's or the library's."""
+    lines = [
+        (0, "Loaded shared library"),
+        (3, "[MemUsageChange] Init builder kernel library: CPU +2954"),
+        (3, "--------------- Timing Runner: node_7_copy_input [profile 1] (Reformat[0x80000006])"),
+        (3.5, "Tactic: 0x00000000000003e8 Time: 0.0056"),
+        (4.5, "Tactic: 0x0000000000000000 Time: 0.0049"),
+        (4.5, "--------------- Timing Runner: {ForeignNode[a...b]} (Myelin[0x80000023])"),
+        (9, " (foreignNode) Set user's cuda kernel library"),
+    ]
+    log = "".join(f"TensorRT {at:8.3f} s: {text}\n" for at, text in lines)
+    assert check_tensorrt.slowest(log, 3) == [
+        "   4.5 s: compiling Myelin, 1 x 4500.0 ms (median; 90th percentile 4500.0)",
+        "   3.0 s: loading the builder's kernels, 1 x 3000.0 ms (median; 90th percentile 3000.0)",
+        "   1.5 s: timing Reformat, 2 x 750.0 ms (median; 90th percentile 950.0)",
+    ]
+
+
+def test_in_float32() -> None:
+    log = """TensorRT  199.761 s: Engine Layer Information:
+Layer(CaskGemmConvolution): a, Tactic: 0x1, x (Half[-1,256:8,1,1]) -> y (Half[-1,256:8,1,1])
+Layer(CaskConvolution): b || c, Tactic: 0x2, x (Float[-1,256:4,1,1]) -> y (Float[-1,1024:4,1,1])
+Layer(MyelinReformat): d, Tactic: 0x0, x (Half[-1,1,256]) -> y (Float[-1,1,256])
+"""
+    assert check_tensorrt.in_float32(log) == "1 of 2 linear layers are in float32"
+
+
+def test_order(work: Path) -> None:
+    """Nothing that builds runs beside anything else; what a step needs comes before it."""
+    first, then = check_tensorrt.plan_steps(work, "python", 1)
+    assert [step.name for step in first] == ["names", "adapters", "fill"]
+    seen = {step.name for step in first}
+    for step in then:
+        assert seen.issuperset((*step.after, *step.uses)), step.name
+        seen.add(step.name)
+    usage = (Path(check_tensorrt.__file__).parent / "test_tensorrt.sh").read_text()
+    listed = usage.split("that is not there:\n")[1].split("scripts/")[0].replace("#", "").split()
+    assert listed == [step.name for step in (*first, *then)]
+
+
+def chosen(work: Path, *only: str, level: int = 1) -> set[str]:
+    first, then = check_tensorrt.plan_steps(work, "python", level)
+    return check_tensorrt.choose({step.name: step for step in (*first, *then)}, list(only))
+
+
+def test_only(work: Path) -> None:
+    large = {"large", "build:large", "peer", "fill"}
+    assert chosen(work, "large", "names") == large | {"names"}
+    (work / "peer.npz").touch()
+    assert chosen(work, "large") == large - {"peer"}
+    assert chosen(work, "peer") == {"peer", "fill"}
+    check_tensorrt.run_step("build:small", work, 1)
+    assert chosen(work, "refused") == {"refused"}
+    assert chosen(work, "build:small") == {"build:small"}
+    assert chosen(work, "refused", level=2) == {"refused", "build:small"}
+    with pytest.raises(SystemExit, match=r"no step refuse here; .*refused"):
+        chosen(work, "refuse")
+
+
+def test_a_plan_that_failed_is_not_there(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relay_attention.export import build
+
+    check_tensorrt.run_step("build:small", work, 1)
+    monkeypatch.setattr(build, "build_engine", lambda *_: 1 / 0)
+    check_tensorrt.run_step("build:small", work, 1)
+    assert chosen(work, "refused") == {"refused", "build:small"}
+
+
+def test_only_runs_no_other(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def one(name: str, *after: str, **more: Any) -> Step:
+        return Step(name, [sys.executable, "-c", f"print('ok    {name}: 1')"], 1, 20, after, **more)
+
+    (work / "there").touch()
+    steps = ([one("first"), one("fill")], [one("built", "fill", made=work / "there"), one("last", "built")])
+    monkeypatch.setattr(check_tensorrt, "plan_steps", lambda *_: steps)
+    monkeypatch.setattr(check_tensorrt, "START", time.monotonic())
+    assert check_tensorrt.check(work, 60, None, 1, ["last"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 ok, 0 steps not run" in out
+    assert "built: there from before" in out
+
+
+def test_pin_all() -> None:
+    """float16 arithmetic to float16; casts, shapes and float32 are left to build's own function."""
+    import onnx_ir as ir
+
+    half, single = (ir.Value(name=name, type=ir.TensorType(dtype)) for name, dtype in
+                    (("h", ir.DataType.FLOAT16), ("s", ir.DataType.FLOAT)))  # fmt: skip
+    graph = [
+        SimpleNamespace(name=name, op_type=op_type, outputs=[value])
+        for name, op_type, value in (
+            ("mm", "MatMul", half), ("mean", "Mul", single), ("cast", "Cast", half),
+            ("turn", "Reshape", half),
+        )
+    ]  # fmt: skip
+    types: dict[str, tuple[str, Any]] = {
+        "mm": ("MATRIX_MULTIPLY", half), "mean": ("ELEMENTWISE", single),
+        "cast": ("ELEMENTWISE", half), "turn": ("SHUFFLE", half),
+    }  # fmt: skip
+    pinned: dict[str, str] = {}
+    layers = [
+        SimpleNamespace(
+            name=name, type=kind, precision=None,
+            set_output_type=lambda _, dtype, name=name: pinned.update({name: dtype}),
+        )
+        for name, (kind, _) in types.items()
+    ]  # fmt: skip
+    names = ("MATRIX_MULTIPLY", "ELEMENTWISE", "SHUFFLE")
+    trt = SimpleNamespace(
+        LayerType=SimpleNamespace(**{name: name for name in names}), DataType=SimpleNamespace(HALF="half")
     )
-    assert check_tensorrt.slowest(log) == ["   5.0 s in 2 x until 'Tactic #'"]
+    network = SimpleNamespace(num_layers=len(layers), get_layer=lambda index: layers[index])
+    called = []
+    check_tensorrt._pin_all(lambda *_: called.append(1))(trt, network, SimpleNamespace(graph=graph))
+    assert pinned == {"mm": "half"}
+    assert [layer.precision for layer in layers] == ["half", None, None, None]
+    assert called
+
+
+def test_levels(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its engines are right, and do not pass for `build:small`'s."""
+    check_tensorrt.run_step("build:small", work, 1)
+    check_tensorrt.run_step("levels", work, None)
+    found = rows(capsys)
+    assert len(found) == 11
+    assert not [line for line in found if line.startswith(FAIL)]
+    assert "no timing cache before" in found[1]
+    assert "kB before" in found[2]
+    assert chosen(work, "refit") == {"refit", "build:small"}
 
 
 def test_hollow_and_filled(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
