@@ -230,7 +230,8 @@ def _build(
 
     timing_cache = options.timing_cache or timing_cache
     cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-    config.set_timing_cache(cache, False)
+    if cache is None or not config.set_timing_cache(cache, False):  # of another GPU or TensorRT: anew
+        config.set_timing_cache(config.create_timing_cache(b""), False)
     with _says(progress, "building: TensorRT times kernels, which takes minutes"):
         plan = builder.build_serialized_network(network, config)
     if plan is None:

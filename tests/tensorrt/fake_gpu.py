@@ -459,9 +459,11 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             return len(self.profiles) - 1
 
         def create_timing_cache(self, data: bytes) -> Any:
-            return SimpleNamespace(serialize=lambda: bytes(data) + b"timed.")
+            return SimpleNamespace(serialize=lambda: bytes(data) + b"timed.", data=bytes(data))
 
         def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+            if cache.data.startswith(b"of another GPU"):
+                return False
             self.cache = cache
             return True
 

@@ -471,6 +471,9 @@ def test_timing_cache_is_reused(gpu: Gpu, artifact: Path) -> None:
     elsewhere = artifact / "own.cache"
     build(artifact, force=True, timing_cache=elsewhere)
     assert elsewhere.read_bytes() == b"timed."
+    elsewhere.write_bytes(b"of another GPU")
+    build(artifact, force=True, timing_cache=elsewhere)
+    assert elsewhere.read_bytes() == b"timed."
 
 
 def test_decoder_end_to_end(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
