@@ -1,12 +1,11 @@
 // Relay attention in one launch: prefix and context tiles from one work list, tensor-core products, the new
 // tokens rotated and appended on the way, and a merge by log-sum-exp behind one barrier of the whole grid.
 //
-//   schedule   every block derives the work list from the lengths (schedule.cuh)
-//   copy       keys and values stream through a ring of shared-memory buffers, across tile borders without
-//   draining attend     online softmax over the blocks of one tile; the normalised result and its lse are a
-//   partial merge      after the barrier, each row's partials are summed in the order of the workers that
-//   made them, so two
-//              runs agree bit for bit; the rows are dealt out over the whole grid
+// Schedule: every block derives the work list from the lengths (schedule.cuh).
+// Copy: keys and values stream through a ring of shared-memory buffers, across tile borders without draining.
+// Attend: online softmax over the blocks of one tile; the normalised result and its lse are a partial.
+// Merge: after the barrier, each row's partials are summed in the order of the workers that made them, so two
+// runs agree bit for bit; the rows are dealt out over the whole grid.
 //
 // The barrier needs all blocks resident at once: launch.cu launches cooperatively.
 #pragma once
@@ -71,7 +70,7 @@ class Attention {
       : a(arguments),
         p(arguments.params),
         rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0},
-        schedule{&arguments, kRingOffset + arguments.depth * kBufferBytes} {}
+        schedule{{&arguments, kRingOffset + arguments.depth * kBufferBytes}} {}
 
   __device__ __forceinline__ void run() {
     prefetch_prefix();
@@ -90,8 +89,10 @@ class Attention {
       __syncthreads();
       copy_next(i);
     }
-    if (!a.appended_before) append();  // its loads travel together with the first blocks of keys
-    if (a.token_begin == 0) fill_idle_rows();
+    const int tokens = schedule.totals().tokens;
+    // Its loads travel together with the first blocks of keys.
+    if (!a.appended_before) append_tokens<T, kHeadDim>(schedule, rotary, tokens, threadIdx.x, kThreads);
+    if (a.token_begin == 0) fill_idle_rows<T, kHeadDim>(p, tokens, threadIdx.x, kThreads);
 
     while (unit < end) {
       const int blocks = min(end - unit, tile.block_end - tile.block);
@@ -241,39 +242,6 @@ class Attention {
   }
 
   // ---- the new tokens ----
-  __device__ __forceinline__ void append() const {
-    const int count = schedule.totals().tokens * p.kv_num_heads * kChunks;
-    for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
-      const int chunk = i % kChunks;
-      const int head = i / kChunks % p.kv_num_heads;
-      const int token = i / kChunks / p.kv_num_heads;
-      const int request = schedule.request_of_token()[token];
-      const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
-      const int slot = schedule.context_len()[request] + s;
-      const int64_t from = ((int64_t{request} * p.sequence + s) * p.kv_num_heads + head) * kChunks;
-      const int64_t to = ((int64_t{request} * p.kv_num_heads + head) * p.max_context + slot) * kChunks;
-      const uint4* key = static_cast<const uint4*>(p.key) + from;
-      uint4* present = static_cast<uint4*>(p.present_key) + to;
-      const uint4 value = static_cast<const uint4*>(p.value)[from + chunk];
-      RotaryChunk x;
-      rotary.read(x, chunk, p.prefix_length + slot, [&](int c) { return key[c]; });
-      rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) { present[c] = rotated; });
-      static_cast<uint4*>(p.present_value)[to + chunk] = value;
-    }
-  }
-
-  // Output rows past query_lens: zero; all rows of a request whose lengths are out of range: NaN.
-  __device__ __forceinline__ void fill_idle_rows() const {
-    const int chunks = p.num_heads * kChunks;
-    for (int row = blockIdx.x; row < p.batch * p.sequence; row += gridDim.x) {
-      const Lengths n = read_lengths(p, row / p.sequence);
-      if (row % p.sequence < n.query) continue;
-      const uint32_t word = n.valid ? 0 : T::kNaN;
-      uint4* output = static_cast<uint4*>(p.output) + int64_t{row} * chunks;
-      for (int i = threadIdx.x; i < chunks; i += kThreads) output[i] = make_uint4(word, word, word, word);
-    }
-  }
-
   // Rotates the keys of a buffer that came from `key`, as copied. Between two barriers. While decoding these
   // are few; where they are many (kContextRows = 64) they were rotated and appended before this launch.
   __device__ __forceinline__ void rotate_fresh_keys(SharedAddress buffer, int first, const Tile& tile) const {

@@ -63,7 +63,7 @@ class HopperAttention {
         a(arguments.base),
         p(arguments.base.params),
         rotary{p.cos_cache, p.sin_cache, p.rotary_dim, p.rotary_interleaved != 0},
-        schedule{&arguments.base, kArraysOffset} {}
+        schedule{{&arguments.base, kArraysOffset}} {}
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == kHopperConsumers) {
@@ -94,8 +94,10 @@ class HopperAttention {
       } else {
         find(warp - 10);
         // Not read by this launch: no need to wait for the other blocks.
-        if (!a.appended_before) append();
-        if (a.token_begin == 0) fill_idle_rows();
+        const int thread = threadIdx.x - 10 * 32;
+        if (!a.appended_before)
+          append_tokens<T, kHeadDim>(schedule, rotary, schedule.totals().tokens, thread, 64);
+        if (a.token_begin == 0) fill_idle_rows<T, kHeadDim>(p, schedule.totals().tokens, thread, 64);
       }
     } else {
       take_registers<216>();
@@ -368,46 +370,6 @@ class HopperAttention {
                       static_cast<const uint4*>(p.value)[from + lane]);
       rotary.write<T>(x, lane,
                       [&](int c, const uint4& rotated) { store_shared_16(target + c * 16, rotated); });
-    }
-  }
-
-  // ---- what the launch writes beside the results: warps 10 and 11 ----
-  __device__ __forceinline__ void append() const {
-    const int thread = threadIdx.x - 10 * 32, threads = 64;
-    const int count = schedule.totals().tokens * p.kv_num_heads * kChunks;
-#pragma unroll 1
-    for (int i = blockIdx.x * threads + thread; i < count; i += gridDim.x * threads) {
-      const int chunk = i % kChunks;
-      const int token = a.by_kv_heads.divide(i / kChunks);
-      const int head = i / kChunks - token * p.kv_num_heads;
-      const int request = schedule.request_of_token()[token];
-      const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
-      const int slot = schedule.context_len()[request] + s;
-      const int64_t from = ((int64_t{request} * p.sequence + s) * p.kv_num_heads + head) * kChunks;
-      const int64_t to = ((int64_t{request} * p.kv_num_heads + head) * p.max_context + slot) * kChunks;
-      const uint4* key = static_cast<const uint4*>(p.key) + from;
-      uint4* present = static_cast<uint4*>(p.present_key) + to;
-      const uint4 value = static_cast<const uint4*>(p.value)[from + chunk];
-      RotaryChunk x;
-      rotary.read(x, chunk, p.prefix_length + slot, [&](int c) { return key[c]; });
-      rotary.write<T>(x, chunk, [&](int c, const uint4& rotated) { present[c] = rotated; });
-      static_cast<uint4*>(p.present_value)[to + chunk] = value;
-    }
-  }
-
-  // Output rows past query_lens: zero; all rows of a request whose lengths are out of range: NaN.
-  __device__ __forceinline__ void fill_idle_rows() const {
-    if (schedule.totals().tokens == p.batch * p.sequence) return;
-    const int thread = threadIdx.x - 10 * 32, threads = 64;
-    const int chunks = p.num_heads * kChunks;
-#pragma unroll 1
-    for (int row = blockIdx.x; row < p.batch * p.sequence; row += gridDim.x) {
-      const Lengths n = read_lengths(p, row / p.sequence);
-      if (row % p.sequence < n.query) continue;
-      const uint32_t word = n.valid ? 0 : T::kNaN;
-      uint4* output = static_cast<uint4*>(p.output) + int64_t{row} * chunks;
-#pragma unroll 1
-      for (int i = thread; i < chunks; i += threads) output[i] = make_uint4(word, word, word, word);
     }
   }
 

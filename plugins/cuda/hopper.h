@@ -30,6 +30,19 @@ HopperKernel hopper_kernel_64(DataType dtype);
 HopperKernel hopper_kernel_96(DataType dtype);
 HopperKernel hopper_kernel_128(DataType dtype);
 
+inline HopperKernel find_hopper_kernel(const RelayParams& p) {
+  switch (p.head_dim) {
+    case 32:
+      return hopper_kernel_32(p.dtype);
+    case 64:
+      return hopper_kernel_64(p.dtype);
+    case 96:
+      return hopper_kernel_96(p.dtype);
+    default:
+      return hopper_kernel_128(p.dtype);  // plan_hopper admits no other
+  }
+}
+
 // Elements in a row of an atom: the copy engine swizzles rows of 128 or 64 bytes.
 constexpr int atom_elements(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 

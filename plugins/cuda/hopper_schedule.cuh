@@ -9,8 +9,7 @@
 // evenly.
 #pragma once
 
-#include "lengths.cuh"
-#include "plan.h"
+#include "tables.cuh"
 
 namespace relay::cuda {
 
@@ -57,40 +56,11 @@ struct Walk {
   int block_begin;  // key block of its first unit
 };
 
-struct HopperSchedule {
-  const KernelArguments* arguments;
-  int arrays;  // offset in the dynamic shared memory; the totals are at its start
-
+// unit_start: counted from the launch's first unit.
+struct HopperSchedule : RequestTables {
+  // At the start of the dynamic shared memory.
   __device__ __forceinline__ HopperTotals& totals() const {
     return *reinterpret_cast<HopperTotals*>(dynamic_shared());
-  }
-  __device__ __forceinline__ int* array(int index) const {
-    return reinterpret_cast<int*>(dynamic_shared() + arrays) + index * (arguments->params.batch + 1);
-  }
-  // [B + 1] first token of each request, counted inside the launch
-  __device__ __forceinline__ int* token_start() const { return array(0); }
-  // [B + 1] first unit of each request's context tiles
-  __device__ __forceinline__ int* unit_start() const { return array(1); }
-  // [B] index of the launch's first token in the request's sequence
-  __device__ __forceinline__ int* first_token() const { return array(2); }
-  // [B]
-  __device__ __forceinline__ int* context_len() const { return array(3); }
-  // [tokens]
-  __device__ __forceinline__ uint16_t* request_of_token() const {
-    return reinterpret_cast<uint16_t*>(array(4));
-  }
-
-  __device__ __forceinline__ int request_tokens(int request) const {
-    return token_start()[request + 1] - token_start()[request];
-  }
-  __device__ __forceinline__ int context_keys(int request) const {
-    return context_len()[request] + first_token()[request] + request_tokens(request);
-  }
-  __device__ __forceinline__ int context_block_begin(int request) const {
-    return first_block(context_len()[request] + first_token()[request]);
-  }
-  __device__ __forceinline__ int context_blocks(int request) const {
-    return (context_keys(request) + kBlockKeys - 1) / kBlockKeys - context_block_begin(request);
   }
   __device__ __forceinline__ int context_tiles(int request) const {
     return tiles_of(request_tokens(request));
@@ -170,10 +140,6 @@ struct HopperSchedule {
   }
 
  private:
-  __device__ __forceinline__ int first_block(int position) const {  // of the first key that a row there sees
-    const int first = position - arguments->params.local_window_size + 1;
-    return arguments->params.local_window_size > 0 && first > 0 ? first / kBlockKeys : 0;
-  }
   __device__ __forceinline__ int tiles_of(int tokens) const {
     return (tokens * arguments->group + arguments->context_rows - 1) >> arguments->context_rows_log2;
   }

@@ -12,8 +12,7 @@ struct Kernels {
 };
 
 // Defined in kernels.cuh, instantiated in kernels_<head_dim>.cu. prefix_rows, context_rows: (16, 16), (64,
-// 16), (64, 64),
-// and up to kMaxWideHeadDim (128, 16), (128, 64).
+// 16), (64, 64), and up to kMaxWideHeadDim (128, 16), (128, 64).
 template <int kHeadDim>
 Kernels find_kernels(DataType dtype, int prefix_rows, int context_rows);
 

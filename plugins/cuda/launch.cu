@@ -106,19 +106,6 @@ Status launch_reference(const RelayParams& params, const Kernels& kernels, cudaS
   return Status::kOk;
 }
 
-HopperKernel find_hopper_kernel(const RelayParams& p) {
-  switch (p.head_dim) {
-    case 32:
-      return hopper_kernel_32(p.dtype);
-    case 64:
-      return hopper_kernel_64(p.dtype);
-    case 96:
-      return hopper_kernel_96(p.dtype);
-    default:
-      return hopper_kernel_128(p.dtype);  // plan_hopper admits no other
-  }
-}
-
 // The driver's encoder of tensor maps, found at run time: nothing here links the driver's library.
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
 

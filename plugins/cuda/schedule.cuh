@@ -12,8 +12,7 @@
 // merged by log-sum-exp in the order of the blocks that made them.
 #pragma once
 
-#include "lengths.cuh"
-#include "plan.h"
+#include "tables.cuh"
 
 namespace relay::cuda {
 
@@ -42,43 +41,12 @@ struct ScheduleTotals {
   int unused[6];
 };
 
+// unit_start: counted from prefix_units.
 template <int kPrefixRows, int kContextRows>
-struct Schedule {
-  const KernelArguments* arguments;
-  int arrays;  // offset in the dynamic shared memory; the totals are at its start
-
+struct Schedule : RequestTables {
+  // At the start of the dynamic shared memory.
   __device__ __forceinline__ ScheduleTotals& totals() const {
     return *reinterpret_cast<ScheduleTotals*>(dynamic_shared());
-  }
-  __device__ __forceinline__ int* array(int index) const {
-    return reinterpret_cast<int*>(dynamic_shared() + arrays) + index * (arguments->params.batch + 1);
-  }
-  // [B + 1] first token of each request, counted inside the launch
-  __device__ __forceinline__ int* token_start() const { return array(0); }
-  // [B + 1] first unit of each request's context tiles, counted from prefix_units
-  __device__ __forceinline__ int* unit_start() const { return array(1); }
-  // [B] index of the launch's first token in the request's sequence
-  __device__ __forceinline__ int* first_token() const { return array(2); }
-  // [B]
-  __device__ __forceinline__ int* context_len() const { return array(3); }
-  // [tokens]
-  __device__ __forceinline__ uint16_t* request_of_token() const {
-    return reinterpret_cast<uint16_t*>(array(4));
-  }
-
-  __device__ __forceinline__ int context_block_begin(int request) const {
-    const int window = arguments->params.local_window_size;
-    const int first = context_len()[request] + first_token()[request] - window + 1;
-    return window > 0 && first > 0 ? first / kBlockKeys : 0;
-  }
-  __device__ __forceinline__ int request_tokens(int request) const {
-    return token_start()[request + 1] - token_start()[request];
-  }
-  __device__ __forceinline__ int context_keys(int request) const {
-    return context_len()[request] + first_token()[request] + request_tokens(request);
-  }
-  __device__ __forceinline__ int context_blocks(int request) const {
-    return (context_keys(request) + kBlockKeys - 1) / kBlockKeys - context_block_begin(request);
   }
   __device__ __forceinline__ int context_tiles(int request) const {
     return (request_tokens(request) * totals().group + kContextRows - 1) / kContextRows;
@@ -174,11 +142,8 @@ struct Schedule {
       first_token()[b] = clipped_begin - start;
       if (count > 0) {
         lowest = min(lowest, context_len()[b] + first_token()[b]);
-        const int window = p.local_window_size;
-        const int first_key = context_len()[b] + first_token()[b] - window + 1;
-        const int first_block = window > 0 && first_key > 0 ? first_key / kBlockKeys : 0;
-        const int keys = context_len()[b] + first_token()[b] + count;
-        const int blocks = (keys + kBlockKeys - 1) / kBlockKeys - first_block;
+        const int position = context_len()[b] + first_token()[b];
+        const int blocks = (position + count + kBlockKeys - 1) / kBlockKeys - first_block(position);
         my_units += p.kv_num_heads * ((count * group + kContextRows - 1) / kContextRows) * blocks;
       }
       for (int t = 0; t < count; ++t)

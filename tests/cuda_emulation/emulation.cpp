@@ -48,19 +48,6 @@ class Guarded {
   char* base_;
 };
 
-HopperKernel find_hopper_kernel(const RelayParams& p) {
-  switch (p.head_dim) {
-    case 32:
-      return hopper_kernel_32(p.dtype);
-    case 64:
-      return hopper_kernel_64(p.dtype);
-    case 96:
-      return hopper_kernel_96(p.dtype);
-    default:
-      return hopper_kernel_128(p.dtype);
-  }
-}
-
 // As launch.cu's.
 TensorMap tensor_map(const void* tensor, const RelayParams& p, int64_t heads, int64_t rows) {
   if (heads == 0 || rows == 0) return TensorMap{};
