@@ -23,7 +23,7 @@ from relay_attention.plugins import library_path
 from relay_attention.plugins.schema import DOMAIN, OP_TYPE, PLUGIN_VERSION
 from relay_attention.runtime import cuda
 from relay_attention.runtime.artifact import Artifact, Manifest, PrefixFile
-from relay_attention.runtime.backend import Int32
+from relay_attention.runtime.backend import Int32, batch_bucket
 from relay_attention.runtime.engine import (
     ADDRESS_ALIGNMENT,
     Box,
@@ -327,7 +327,7 @@ class TensorRTBackend:
         self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32, logits: Array
     ) -> None:
         context, rows = self._contexts[DECODE], input_ids.shape[0]
-        bucket = self._bucket(rows) if self._use_graphs and first_row == 0 else rows
+        bucket = batch_bucket(rows, self._max_batch) if self._use_graphs and first_row == 0 else rows
         if bucket > rows:  # idle rows: no query, nothing written
             idle = ((0, bucket - rows), (0, 0))
             input_ids = np.pad(input_ids, idle)
@@ -424,12 +424,6 @@ class TensorRTBackend:
     def _enqueue(self, context: _Context) -> None:
         if not context.execution.execute_async_v3(self._stream.handle):
             raise BackendError(self._logger.take())
-
-    def _bucket(self, rows: int) -> int:
-        """Rows that a decode step of so many is padded to: 1, 2, 4, 8, then multiples of 8, at most
-        max_batch."""
-        size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
-        return min(size, self._max_batch)
 
     def _forget(self) -> None:
         """Drops the graphs, and what is known of the contexts' shapes and addresses."""

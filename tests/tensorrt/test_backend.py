@@ -21,6 +21,7 @@ from fake_gpu import Gpu, installed
 
 from relay_attention.errors import BackendError, ExportError, RelayError
 from relay_attention.runtime.artifact import Artifact
+from relay_attention.runtime.backend import batch_bucket
 from relay_attention.runtime.engine import cache_capacity
 
 _spec = importlib.util.spec_from_file_location(
@@ -156,7 +157,7 @@ def test_buckets(gpu: Gpu, artifact: Path) -> None:
     build(artifact, max_batch=44)
     backend = load(artifact)
     backend.allocate(44, 64)
-    sizes = [backend._bucket(rows) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 40, 41, 44)]
+    sizes = [batch_bucket(rows, backend._max_batch) for rows in (1, 2, 3, 5, 8, 9, 16, 17, 40, 41, 44)]
     assert sizes == [1, 2, 4, 8, 8, 16, 16, 24, 40, 44, 44]
 
 
