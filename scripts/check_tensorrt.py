@@ -588,6 +588,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
     state: str = "not run"
+    timed_out: bool = False
 
     def run(self, deadline: float, log: Path) -> None:
         """Prints its rows as they come; one that gives none, or dies, has the row FAIL."""
@@ -612,7 +613,8 @@ class Step:
                     say(line.rstrip())
         code = process.wait()
         timer.cancel()
-        if code and timer.finished.is_set() and code == -9:
+        self.timed_out = timer.finished.is_set() and code == -9
+        if self.timed_out:
             self.add(f"{FAIL}  {self.name}: stopped after {seconds:.0f} s: {' | '.join(last[-2:])[:300]}")
         elif code or len(self.rows) == before:
             summary = last[-1] if last else "printed nothing"
@@ -723,7 +725,9 @@ def check(work: Path, seconds: float, peer: str | None, level: int, only: list[s
         log = logs / f"{step.name.replace(':', '-')}.log"
         step.run(deadline, log)
         kind, _, name = step.name.partition(":")
-        if kind == "build" and step.state != "ok" and deadline - time.monotonic() > step.needs:
+        if step.timed_out or step.state == "ok":
+            return
+        if kind == "build" and deadline - time.monotonic() > step.needs:
             step.command = [sys.executable, __file__, "step", f"rebuild:{name.split('@')[0]}", str(work)]
             step.run(deadline, log.with_suffix(".again.log"))
 

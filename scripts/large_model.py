@@ -7,7 +7,7 @@ machine, random with the same deviations, alike in both; it needs numpy and this
 is one, to be fast. `time` decodes with a backend and keeps logits and times,
 so that two engines that need two Pythons are compared by the same code.
 
-usage: large_model.py make FOLDER [--layers N] [--prefix TOKENS]
+usage: large_model.py make FOLDER [--layers N] [--prefix TOKENS] [--vocabulary N]
        large_model.py fill FOLDER...
        large_model.py time BACKEND FOLDER OUT.npz
 """
@@ -35,7 +35,7 @@ CONTEXT, NEW_TOKENS, REPETITIONS = 128, 4, 30
 Float32 = npt.NDArray[np.float32]
 
 
-def make(folder: Path, layers: int, prefix: int) -> None:
+def make(folder: Path, layers: int, prefix: int, vocabulary: int) -> None:
     """Exports the model; see the module's text. Takes some 10 GB of memory at four layers."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests/export"))
     import tiny_models
@@ -44,7 +44,7 @@ def make(folder: Path, layers: int, prefix: int) -> None:
     from relay_attention.export.exporter import export_model
 
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
         bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.02,
     )  # fmt: skip
@@ -244,6 +244,7 @@ def main() -> int:
     making.add_argument("folder", type=Path)
     making.add_argument("--layers", type=int, default=4)
     making.add_argument("--prefix", type=int, default=2048, metavar="TOKENS")
+    making.add_argument("--vocabulary", type=int, default=4096, help="TensorRT 8.6 compiles for minutes at 32,000")
     steps.add_parser("fill").add_argument("folders", nargs="+", type=Path)
     timing = steps.add_parser("time")
     timing.add_argument("backend")
@@ -251,7 +252,7 @@ def main() -> int:
     timing.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.step == "make":
-        make(arguments.folder, arguments.layers, arguments.prefix)
+        make(arguments.folder, arguments.layers, arguments.prefix, arguments.vocabulary)
     elif arguments.step == "fill":
         start = time.monotonic()
         for folder in arguments.folders:

@@ -586,6 +586,9 @@ class Attention {
   }
 
  public:  // for merge()
+  __device__ __forceinline__ MergeRow first_merge_row(int, int index, int rows) const {
+    return merge_row(a, schedule, *this, index, rows);
+  }
   __device__ __forceinline__ Partials prefix_partials(int kv_head, int packed) const {
     const int blocks = schedule.totals().prefix_blocks;
     const int tile = kv_head * schedule.totals().prefix_tiles + packed / kPrefixRows;

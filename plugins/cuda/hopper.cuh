@@ -21,6 +21,7 @@ namespace relay::cuda {
 // rows.
 constexpr int kSegments = 4;
 constexpr int kSmallRows = 16;
+constexpr int kMergeRows = 32;  // that a block merges first: up to four of each multiplying warp
 
 // A warpgroup's part of a tile, as warps 10 and 11 hand it over.
 struct Segment {
@@ -30,7 +31,11 @@ struct Segment {
   int rows;       // valid rows, of 64
   int high;       // last key that a row sees: this (prefix), or its position in the context where -1
   int partial;    // row of the partial results
-  int small;      // queries are loaded, into rows 16 * slot..; else row r's query is at query_row[r]
+  int small;      // queries are loaded, into rows 16 * slot..; else the warpgroup loads them
+  int last;       // no other follows
+  int packed;     // first row, counted over the tokens of the launch
+  int kv_head;
+  int request;  // -1: each row's own (prefix)
   int unused;
 };
 
@@ -49,11 +54,12 @@ class HopperAttention {
   // Shared memory; plan.cpp's hopper_bytes adds up the same. The queries, [2 warpgroups, 64 rows], and the
   // ring begin at a.ring_offset.
   static constexpr int kBarrierOffset = 128;
-  static constexpr int kSegmentOffset = kBarrierOffset + (kMaxStages * 2 + 2 * kSegments * 2) * 8;
+  static constexpr int kSegmentOffset = kBarrierOffset + (kMaxStages * 2 + 2 * kSegments * 2 + 2) * 8;
   static constexpr int kRowsOffset =
       kSegmentOffset + 2 * kSegments * sizeof(Segment);                       // of queries: 2 x 64 ...
   static constexpr int kFreshOffset = kRowsOffset + 2 * 2 * kWorkerRows * 4;  // ... sources, positions
-  static constexpr int kArraysOffset = kFreshOffset + 2 * kSegments * 2 * kMaxHopperHeadDim * 2;
+  static constexpr int kMergeOffset = kFreshOffset + 2 * kSegments * 2 * kMaxHopperHeadDim * 2;
+  static constexpr int kArraysOffset = kMergeOffset + kMergeRows * sizeof(MergeRow);
   static constexpr int kQueryBytes = 2 * kBufferBytes;
   static_assert(sizeof(HopperTotals) <= kBarrierOffset && kArraysOffset == kHopperFixedBytes);
   static_assert(kQueryBytes >= kHopperConsumers / 32 * kHeadDim * 4);  // also the sums of merge()
@@ -77,12 +83,18 @@ class HopperAttention {
         barrier_init(segment_barrier(i, 0), 1);
         barrier_init(segment_barrier(i, 1), 4);
       }
+      barrier_init(merge_barrier(), 1);
       barrier_init_fence();
     }
     // The queries are asked for before keys and values flood the memory, or they would arrive behind them.
-    for (int64_t line = int64_t{blockIdx.x} * kHopperThreads + threadIdx.x; line < a.query_lines;
-         line += int64_t{gridDim.x} * kHopperThreads)
+    for (int64_t line = blockIdx.x + int64_t{gridDim.x} * threadIdx.x; line < a.query_lines;
+         line += int64_t{gridDim.x} * kHopperThreads) {
       prefetch_l2(static_cast<const char*>(p.query) + line * 128);
+      if (line < a.new_lines) {
+        prefetch_l2(static_cast<const char*>(p.key) + line * 128);
+        prefetch_l2(static_cast<const char*>(p.value) + line * 128);
+      }
+    }
     GridBarrier barrier(a.barrier);
     schedule.build();  // ends with a barrier of the block
     const int warp = uniform(threadIdx.x / 32);
@@ -93,6 +105,7 @@ class HopperAttention {
         if (threadIdx.x % 32 == 0) copy(warp - 8);
       } else {
         find(warp - 10);
+        if (warp == 10) prepare_merge();
         // Not read by this launch: no need to wait for the other blocks.
         const int thread = threadIdx.x - 10 * 32;
         if (!a.appended_before)
@@ -112,6 +125,10 @@ class HopperAttention {
 
   // ---- for merge() ----
   __device__ __forceinline__ static void synchronize() { consumer_barrier(); }
+  __device__ __forceinline__ MergeRow first_merge_row(int number, int, int) const {
+    barrier_wait(merge_barrier(), 0);
+    return merge_rows()[number];
+  }
   __device__ __forceinline__ Partials prefix_partials(int kv_head, int packed) const {
     const int blocks = schedule.totals().prefix_blocks;
     const int tile = packed >> a.prefix_rows_log2;
@@ -147,6 +164,13 @@ class HopperAttention {
   // signal 0: found, 1: done with. slot: kSegments * warpgroup + its own
   __device__ __forceinline__ static SharedAddress segment_barrier(int slot, int signal) {
     return shared(kBarrierOffset + kMaxStages * 16) + (slot * 2 + signal) * 8;
+  }
+  // merge_rows() are there.
+  __device__ __forceinline__ static SharedAddress merge_barrier() {
+    return segment_barrier(2 * kSegments, 0);
+  }
+  __device__ __forceinline__ static MergeRow* merge_rows() {
+    return reinterpret_cast<MergeRow*>(dynamic_shared() + kMergeOffset);
   }
   __device__ __forceinline__ static Segment& segment(int slot) {
     return reinterpret_cast<Segment*>(dynamic_shared() + kSegmentOffset)[slot];
@@ -268,66 +292,99 @@ class HopperAttention {
     const int lane = threadIdx.x % 32;
     bool wide;
     Walk walk = walk_of(warpgroup, wide);
-    const bool large_context = p.sequence * a.group > kSmallRows;
     bool before_was_large = false;
 #pragma unroll 1
     for (int number = 0;; ++number) {
       const int slot = kSegments * warpgroup + number % kSegments;
       const bool any = walk.unit < walk.end;
-      const bool small = walk.is_context && !large_context;
+      const Segment s = next_segment(walk, wide, warpgroup);
       // A large segment needs all rows of the queries, so that no other may be around.
-      const int wait_for = !small || before_was_large ? number - 1 : number - kSegments;
+      const int wait_for = !s.small || before_was_large ? number - 1 : number - kSegments;
       if (wait_for >= 0)
         barrier_wait(segment_barrier(kSegments * warpgroup + wait_for % kSegments, 1),
                      wait_for / kSegments & 1);
-      before_was_large = !small;
+      before_was_large = !s.small;
 
-      const int stop = any ? min(walk.end, walk.first_unit + walk.blocks) : 0;
-      const int half = wide ? warpgroup * kWorkerRows : 0;  // first row of the tile that is this warpgroup's
-      const int tile_rows = walk.is_context ? a.context_rows : a.prefix_rows;
-      const int packed = (walk.is_context ? schedule.token_start()[walk.request] * a.group : 0) +
-                         walk.index * tile_rows + half;
-      const int packed_end =
-          (walk.is_context ? schedule.token_start()[walk.request + 1] : schedule.totals().tokens) * a.group;
-      const int rows = min(min(packed_end - packed, tile_rows - half), kWorkerRows);
-      const int first_row = small ? number % kSegments * kSmallRows : 0;
-      int context_end = 0;
-      if (any) {
-        for (int row = lane; row < rows; row += 32) {
-          const int token = a.by_group.divide(packed + row);
-          const int request = walk.is_context ? walk.request : schedule.request_of_token()[token];
-          const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
-          query_row(warpgroup)[first_row + row] = (request * p.sequence + s) * p.num_heads +
-                                                  walk.kv_head * a.group + packed + row - token * a.group;
-          query_position(warpgroup)[first_row + row] = p.prefix_length + schedule.context_len()[request] + s;
-        }
-        if (walk.is_context) context_end = schedule.context_keys(walk.request);
+      // The new token of a request while decoding: not in the cache when the copy engine reads that.
+      const bool fresh = any && walk.is_context && !a.appended_before && lane < kChunks;
+      RotaryChunk key;
+      uint4 value;
+      if (fresh) {
+        const int64_t from = (int64_t{walk.request} * p.kv_num_heads + walk.kv_head) * kChunks;
+        const uint4* keys = static_cast<const uint4*>(p.key) + from;
+        rotary.read(key, lane, p.prefix_length + s.last_key, [&](int c) { return keys[c]; });
+        value = static_cast<const uint4*>(p.value)[from + lane];
       }
-      if (lane == 0) {
-        Segment s;
-        s.blocks = any ? stop - walk.unit : 0;
-        s.first_key = (walk.block_begin + walk.unit - walk.first_unit) * kBlockKeys;
-        s.last_key = walk.is_context ? context_end - 1 : INT32_MAX;
-        s.rows = rows;
-        s.high = walk.is_context ? -1 : p.prefix_length - 1;
-        s.partial = walk.unit == walk.first_unit
-                        ? (walk.is_context * p.kv_num_heads + walk.kv_head) * a.max_rows + packed
-                        : tail_row(wide, wide ? blockIdx.x : schedule.narrow_worker(blockIdx.x, warpgroup),
-                                   warpgroup);
-        s.small = small;
-        s.unused = 0;
-        segment(slot) = s;
+      if (any && s.small) {
+        const int first_row = number % kSegments * kSmallRows;
+        if (lane < s.rows) find_query(s, warpgroup, first_row, lane);
+        __syncwarp();
+        load_queries<2>(warpgroup, first_row, s.rows, lane, 32);
       }
-      __syncwarp();
-      if (any && small) load_queries<2>(warpgroup, first_row, rows, lane, 32);
-      if (any && walk.is_context && !a.appended_before) load_fresh(walk, context_end - 1, slot, lane);
+      if (fresh) {
+        const SharedAddress target = fresh_row(slot);
+        store_shared_16(target + kMaxHopperHeadDim * 2 + lane * 16, value);
+        rotary.write<T>(key, lane,
+                        [&](int c, const uint4& rotated) { store_shared_16(target + c * 16, rotated); });
+      }
+      if (lane == 0) segment(slot) = s;
       shared_write_fence();
       __syncwarp();
       if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 1);
-      if (!any) return;
-      walk.unit = stop;
-      if (walk.unit < walk.end) schedule.next(walk);
+      if (s.last) return;
+      walk.unit += s.blocks;
+      schedule.next(walk);
     }
+  }
+
+  // From the walk's unit to the end of its tile or of the walk.
+  __device__ __forceinline__ Segment next_segment(const Walk& walk, bool wide, int warpgroup) const {
+    const int half = wide ? warpgroup * kWorkerRows : 0;  // first row of the tile that is this warpgroup's
+    const int tile_rows = walk.is_context ? a.context_rows : a.prefix_rows;
+    const int packed_end =
+        (walk.is_context ? schedule.token_start()[walk.request + 1] : schedule.totals().tokens) * a.group;
+    Segment s;
+    s.packed = (walk.is_context ? schedule.token_start()[walk.request] * a.group : 0) +
+               walk.index * tile_rows + half;
+    s.rows = min(min(packed_end - s.packed, tile_rows - half), kWorkerRows);
+    s.kv_head = walk.kv_head;
+    s.request = walk.is_context ? walk.request : -1;
+    s.small = walk.is_context && p.sequence * a.group <= kSmallRows;
+    s.blocks = max(min(walk.end, walk.first_unit + walk.blocks) - walk.unit, 0);
+    s.last = walk.unit + s.blocks >= walk.end;
+    s.first_key = (walk.block_begin + walk.unit - walk.first_unit) * kBlockKeys;
+    s.last_key = walk.is_context ? schedule.context_keys(walk.request) - 1 : INT32_MAX;
+    s.high = walk.is_context ? -1 : p.prefix_length - 1;
+    s.partial =
+        walk.unit == walk.first_unit
+            ? (walk.is_context * p.kv_num_heads + walk.kv_head) * a.max_rows + s.packed
+            : tail_row(wide, wide ? blockIdx.x : schedule.narrow_worker(blockIdx.x, warpgroup), warpgroup);
+    s.unused = 0;
+    return s;
+  }
+
+  // Where a row's query lies, and its position.
+  __device__ __forceinline__ void find_query(const Segment& s, int warpgroup, int first_row, int row) const {
+    const int token = a.by_group.divide(s.packed + row);
+    const int request = s.request >= 0 ? s.request : schedule.request_of_token()[token];
+    const int index = schedule.first_token()[request] + token - schedule.token_start()[request];
+    query_row(warpgroup)[first_row + row] =
+        (request * p.sequence + index) * p.num_heads + s.kv_head * a.group + s.packed + row - token * a.group;
+    query_position(warpgroup)[first_row + row] = p.prefix_length + schedule.context_len()[request] + index;
+  }
+
+  // The rows that this block merges first, by one warp while the others multiply.
+  __device__ __forceinline__ void prepare_merge() const {
+    constexpr int kWarps = kHopperConsumers / 32;
+    const int lane = threadIdx.x % 32, rows = schedule.totals().tokens * p.num_heads;
+    int index = rows;
+    if (merges_four_rows<kWarps>(rows))
+      index = MergeShares<kWarps, 4>(rows).first_row(lane / 4) + lane % 4;
+    else if (lane < kWarps)
+      index = MergeShares<kWarps, 1>(rows).first_row(lane);
+    merge_rows()[lane] = merge_row(a, schedule, *this, index, rows);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(merge_barrier(), 1);
   }
 
   // Rotated queries into a warpgroup's rows first_row.. of shared memory. Rows that are not valid stay as
@@ -358,32 +415,34 @@ class HopperAttention {
     }
   }
 
-  // The one new token of a request while decoding: not in the cache when the copy engine reads that.
-  __device__ __forceinline__ void load_fresh(const Walk& walk, int slot_in_cache, int slot, int lane) const {
-    const int64_t from = (int64_t{walk.request} * p.kv_num_heads + walk.kv_head) * kChunks;
-    const SharedAddress target = fresh_row(slot);
-    if (lane < kChunks) {
-      const uint4* key = static_cast<const uint4*>(p.key) + from;
-      RotaryChunk x;
-      rotary.read(x, lane, p.prefix_length + slot_in_cache, [&](int c) { return key[c]; });
-      store_shared_16(target + kMaxHopperHeadDim * 2 + lane * 16,
-                      static_cast<const uint4*>(p.value)[from + lane]);
-      rotary.write<T>(x, lane,
-                      [&](int c, const uint4& rotated) { store_shared_16(target + c * 16, rotated); });
-    }
-  }
-
   // ---- consumers ----
   __device__ __forceinline__ void consume(int warpgroup) const {
-    const bool wide = static_cast<int>(blockIdx.x) < schedule.totals().wide.workers;
+    const int thread = threadIdx.x % kWarpgroup;
+    bool wide;
+    const Walk walk = walk_of(warpgroup, wide);
     Ring ring = ring_of(wide, warpgroup);
+    // A first segment that is large need not be handed over: its queries are asked for before the flood of
+    // keys and values.
+    const Segment own = next_segment(walk, wide, warpgroup);
+    const bool at_once = own.blocks > 0 && !own.small;
 #pragma unroll 1
     for (int number = 0;; ++number) {
       const int slot = kSegments * warpgroup + number % kSegments;
-      barrier_wait(segment_barrier(slot, 0), number / kSegments & 1);
-      const Segment& s = segment(slot);
+      const bool early = at_once && number == 0;
+      if (!early) barrier_wait(segment_barrier(slot, 0), number / kSegments & 1);
+      const Segment s = early ? own : segment(slot);
       if (s.blocks == 0) return;
-      attend(s, slot, wide, warpgroup, ring);
+      if (!s.small) {
+        if (thread < s.rows) find_query(s, warpgroup, 0, thread);
+        warpgroup_barrier(warpgroup);
+        load_queries<4>(warpgroup, 0, s.rows, thread, kWarpgroup);
+        shared_write_fence();
+        warpgroup_barrier(warpgroup);
+      }
+      if (early) barrier_wait(segment_barrier(slot, 0), 0);
+      const bool last = uniform(s.last);
+      attend(segment(slot), slot, wide, warpgroup, ring);
+      if (last) return;
     }
   }
 
@@ -398,11 +457,6 @@ class HopperAttention {
     const bool idle = rows <= warp * 16;  // none of this warp's rows exists
     const uint32_t arrivals = wide ? 1 : 2;
 
-    if (!s.small) {
-      load_queries<4>(warpgroup, 0, rows, thread, kWarpgroup);
-      shared_write_fence();
-      warpgroup_barrier(warpgroup);
-    }
     const SharedAddress queries = query_buffer(warpgroup) + uniform(first_row) * kAtomRowBytes;
     // The keys that this thread's two rows see, counted from the first of a block and from this thread's
     // first column.

@@ -56,6 +56,11 @@ __device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// bytes: a multiple of 16
+__device__ __forceinline__ void prefetch_l2_bulk(const void* address, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+
 // Copies one box of a four-dimensional tensor to shared memory; elements outside the tensor become zero.
 // once: nobody else reads it, so that it need not stay in L2.
 __device__ __forceinline__ void tensor_copy(SharedAddress target, const TensorMap* map, int c0, int c1,

@@ -9,6 +9,7 @@
 // evenly.
 #pragma once
 
+#include "hopper_ptx.cuh"
 #include "tables.cuh"
 
 namespace relay::cuda {
@@ -127,7 +128,9 @@ struct HopperSchedule : RequestTables {
     for (int b = threadIdx.x; b < p.batch; b += kHopperThreads) {
       const Lengths n = read_lengths(p, b);
       context_len()[b] = n.context;
-      token_start()[b] = n.query;
+      token_start()[b] = n.query;  // for now
+      first_token()[b] = 0;
+      unit_start()[b] = context_units(n.context, n.query);  // for now
       if (p.rotary_dim > 0 && n.query > 0) {  // as the queries: before the flood of keys and values
         const int64_t row = int64_t{p.prefix_length + n.context} * p.rotary_dim;
         prefetch_l2(static_cast<const char*>(p.cos_cache) + row);
@@ -135,7 +138,10 @@ struct HopperSchedule : RequestTables {
       }
     }
     __syncthreads();
-    if (threadIdx.x < 32) count(a, p);
+    if (threadIdx.x < 32)
+      count(a, p);
+    else if (threadIdx.x == kHopperThreads - 32)
+      prefetch_prefix(a, p);
     __syncthreads();
   }
 
@@ -155,39 +161,45 @@ struct HopperSchedule : RequestTables {
     }
   }
 
+  // Of a request's context, given its first token's position in it.
+  __device__ __forceinline__ int context_units(int position, int tokens) const {
+    if (tokens == 0) return 0;
+    return arguments->params.kv_num_heads * tiles_of(tokens) *
+           ((position + tokens + kBlockKeys - 1) / kBlockKeys - first_block(position));
+  }
+
+  // While the work is shared out the memory has nothing to do. Asked for evenly over the prefix, so that all
+  // who begin anywhere in it find their share in L2; not before the lengths are read, as they would wait.
+  __device__ __forceinline__ void prefetch_prefix(const KernelArguments& a, const RelayParams& p) const {
+    constexpr int kPiece = 16384;
+    const int64_t tensor = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
+    const int pieces = static_cast<int>(tensor / kPiece),
+              wanted = static_cast<int>(a.l2_prefetch_bytes / kPiece);
+#pragma unroll 1
+    for (int i = blockIdx.x; i < 2 * wanted; i += gridDim.x) {
+      const int piece = static_cast<int>(int64_t{i / 2} * pieces / wanted);
+      prefetch_l2_bulk(
+          static_cast<const char*>(i % 2 == 0 ? p.prefix_key : p.prefix_value) + int64_t{piece} * kPiece,
+          kPiece);
+    }
+  }
+
   // One warp, each lane consecutive requests.
   __device__ __forceinline__ void count(const KernelArguments& a, const RelayParams& p) const {
     const int lane = threadIdx.x;
     const int per_lane = (p.batch + 31) / 32;
     const int begin = min(lane * per_lane, p.batch), end = min(begin + per_lane, p.batch);
-    int mine = 0;
-#pragma unroll 1
-    for (int b = begin; b < end; ++b) mine += token_start()[b];
-    int total;
-    int start = scan(mine, &total);
-
-    int units = 0, lowest = INT32_MAX;
-#pragma unroll 1
+    if (a.token_end - a.token_begin < p.batch * p.sequence) clip(a, p, begin, end);
+    int tokens_here = 0, units_here = 0, lowest = INT32_MAX;
+#pragma unroll 2
     for (int b = begin; b < end; ++b) {
-      const int stop = start + token_start()[b];
-      const int clipped = min(max(start, a.token_begin), a.token_end);
-      const int tokens = min(max(stop, a.token_begin), a.token_end) - clipped;
-      const int position = context_len()[b] + clipped - start;
-      token_start()[b] = clipped - a.token_begin;
-      first_token()[b] = clipped - start;
-      unit_start()[b] = units;  // for now: counted inside this lane's requests
-      if (tokens > 0) {
-        lowest = min(lowest, position);
-        units += p.kv_num_heads * tiles_of(tokens) *
-                 ((position + tokens + kBlockKeys - 1) / kBlockKeys - first_block(position));
-      }
-      for (int t = 0; t < tokens; ++t)
-        request_of_token()[clipped - a.token_begin + t] = static_cast<uint16_t>(b);
-      start = stop;
+      const int tokens = token_start()[b];
+      tokens_here += tokens;
+      units_here += unit_start()[b];
+      if (p.local_window_size > 0 && tokens > 0) lowest = min(lowest, context_len()[b] + first_token()[b]);
     }
-    const int tokens = min(max(total, a.token_begin), a.token_end) - a.token_begin;
-    int context_units;
-    const int before = scan(units, &context_units);
+    int tokens, all_context_units;
+    int token = scan(tokens_here, &tokens), unit = scan(units_here, &all_context_units);
     if (p.local_window_size > 0)
       for (int distance = 16; distance > 0; distance /= 2)
         lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
@@ -200,18 +212,28 @@ struct HopperSchedule : RequestTables {
       t.prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) / kBlockKeys;
     t.prefix_blocks = max(0, (p.prefix_length + kBlockKeys - 1) / kBlockKeys - t.prefix_block_begin);
     t.prefix_units = p.kv_num_heads * t.prefix_tiles * t.prefix_blocks;
-    const int all = t.prefix_units + context_units;
+    const int all = t.prefix_units + all_context_units;
+    unit += t.prefix_units;
+#pragma unroll 1
+    for (int b = begin; b < end; ++b) {
+      const int tokens_of_b = token_start()[b], units_of_b = unit_start()[b];
+      token_start()[b] = token;
+      unit_start()[b] = unit;
+      for (int i = 0; i < tokens_of_b; ++i) request_of_token()[token + i] = static_cast<uint16_t>(b);
+      token += tokens_of_b;
+      unit += units_of_b;
+    }
     t.wide_units = a.context_rows > 64 ? all : (a.prefix_rows > 64 ? t.prefix_units : 0);
     const int narrow_units = all - t.wide_units, grid = gridDim.x;
     t.wide.workers = t.wide_units > 0 ? grid : 0;
-    if (t.wide_units > 0 && narrow_units > 0) t.wide.workers = wide_blocks(t.wide_units, narrow_units, lane);
+    if (t.wide_units > 0 && narrow_units > 0) t.wide.workers = wide_blocks(t, narrow_units, lane);
     t.wide.workers = min(t.wide.workers, t.wide_units);
     t.narrow.workers = min(2 * (grid - t.wide.workers), narrow_units);
     t.narrow.first_unit = t.wide_units;
     // Lane 1 divides for the narrow ones while lane 0 does for the wide.
-    const int units_here = lane == 0 ? t.wide_units : narrow_units;
+    const int units = lane == 0 ? t.wide_units : narrow_units;
     const int workers = max(lane == 0 ? t.wide.workers : t.narrow.workers, 1);
-    const int each = units_here / static_cast<uint32_t>(workers), longer = units_here - each * workers;
+    const int each = units / static_cast<uint32_t>(workers), longer = units - each * workers;
     t.wide.each = each, t.wide.longer = longer;
     t.narrow.each = __shfl_sync(kAllLanes, each, 1), t.narrow.longer = __shfl_sync(kAllLanes, longer, 1);
     if (lane == 0) {
@@ -219,24 +241,53 @@ struct HopperSchedule : RequestTables {
       token_start()[p.batch] = tokens;
       unit_start()[p.batch] = all;
     }
-#pragma unroll 1
-    for (int b = begin; b < end; ++b) unit_start()[b] += before + t.prefix_units;
   }
 
-  // So many blocks of the grid take wide units that both kinds are done at about the same time, whole units
-  // considered: each lane tries one number near the proportional one.
-  __device__ __forceinline__ int wide_blocks(int wide_units, int narrow_units, int lane) const {
-    const int grid = gridDim.x;
-    const float wide = static_cast<float>(wide_units) * arguments->prefix_cost;
-    const float narrow = static_cast<float>(narrow_units) * arguments->context_cost;
-    const int blocks = min(max(__float2int_rn(grid * (wide / (wide + narrow))) + lane - 16, 1), grid - 1);
-    const uint32_t workers = 2 * (grid - blocks);
-    const uint32_t wide_time =
-        (wide_units + blocks - 1) / static_cast<uint32_t>(blocks) * arguments->prefix_cost;
-    const uint32_t narrow_time = (narrow_units + workers - 1) / workers * 2 * arguments->context_cost;
-    const uint32_t time = 4 * max(wide_time, narrow_time) + min(wide_time, narrow_time);
+  // Leaves of each request what is this launch's, where a call takes several.
+  __device__ __forceinline__ void clip(const KernelArguments& a, const RelayParams& p, int begin,
+                                       int end) const {
+    int mine = 0, all;
+#pragma unroll 1
+    for (int b = begin; b < end; ++b) mine += token_start()[b];
+    int start = scan(mine, &all);
+#pragma unroll 1
+    for (int b = begin; b < end; ++b) {
+      const int stop = start + token_start()[b];
+      const int first = min(max(start, a.token_begin), a.token_end);
+      const int tokens = min(max(stop, a.token_begin), a.token_end) - first;
+      first_token()[b] = first - start;
+      token_start()[b] = tokens;
+      unit_start()[b] = context_units(context_len()[b] + first - start, tokens);
+      start = stop;
+    }
+  }
+
+  // So many blocks of the grid take wide units that both kinds are done at about the same time. Each lane
+  // tries one number near the proportional one, a multiple of the tiles, so that all tiles read the same keys
+  // at the same time. Whole units are considered, and the tiles that a block begins: queries to be fetched
+  // and results to be written, which take it as long as 2.25 units.
+  __device__ __forceinline__ int wide_blocks(const HopperTotals& t, int narrow_units, int lane) const {
+    const int grid = gridDim.x, wide_cost = arguments->prefix_cost, narrow_cost = arguments->context_cost;
+    const float wide = static_cast<float>(t.wide_units) * wide_cost;
+    const float narrow = static_cast<float>(narrow_units) * narrow_cost;
+    const int step = t.prefix_tiles < grid / 4 ? t.prefix_tiles : 1;
+    const int near = __float2int_rn(grid * (wide / (wide + narrow)) / step);
+    const int blocks = min(max((near + lane - 16) * step, 1), grid - 1), workers = 2 * (grid - blocks);
+    const int each = quotient(t.wide_units + blocks - 1, blocks);
+    const bool even = each * blocks == t.wide_units;
+    const int whole = quotient(each, t.prefix_blocks), part = each - whole * t.prefix_blocks;
+    int begun = part == 0 ? whole : whole + 2;
+    if (even && whole == 0 && quotient(t.prefix_blocks, each) * each == t.prefix_blocks) begun = 1;
+    if (part == 0 && !even) ++begun;
+    const int wide_time = each * wide_cost + begun * wide_cost * 9 / 4;
+    const int narrow_time = quotient(narrow_units + workers - 1, workers) * 2 * narrow_cost;
+    const uint32_t time = 16 * max(wide_time, narrow_time) + min(wide_time, narrow_time);
     const uint32_t least = __reduce_min_sync(kAllLanes, time);
     return __shfl_sync(kAllLanes, blocks, __ffs(__ballot_sync(kAllLanes, time == least)) - 1);
+  }
+  // As good as x / y, and sooner; for estimates.
+  __device__ __forceinline__ static int quotient(int x, int y) {
+    return static_cast<int>(__fdividef(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
   }
 
   // Exclusive prefix sum over the warp.

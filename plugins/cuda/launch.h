@@ -66,7 +66,7 @@ struct RelayTuning {
   int32_t blocks_per_sm;   // blocks resident on one multiprocessor, at most
   int32_t prefix_cost;     // weights by which blocks share out the work (per 64 keys of one tile), 1..64
   int32_t context_cost;
-  int32_t l2_prefetch_mb;     // prefix megabytes asked into L2 before the lengths are known; 0, -1 = none
+  int32_t l2_prefetch_mb;     // prefix megabytes asked into L2 while the work is shared out; -1 = none
   int32_t copies_in_flight;   // buffers that a block waits for at once (Hopper)
   int32_t tokens_per_launch;  // cut a long prefill into launches of at most so many tokens
 };

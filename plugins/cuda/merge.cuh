@@ -44,6 +44,51 @@ struct Partials {
   __device__ __forceinline__ int row(int k) const { return k == 0 ? head : first_tail + k * stride; }
 };
 
+// A row of the output and what it is made of: all of it is known from the lengths, before any block is done.
+struct MergeRow {
+  int output_row;  // -1: there is none
+  Partials prefix, context;
+};
+
+// Rows are dealt out over the grid. A warp takes kRows at a time, its lanes 32 / kRows of the partials of
+// each; where rows are few (kRows = 1), 2, 4 or 8 warps of a block take equal shares of one row's partials.
+template <int kWarps, int kRows>
+struct MergeShares {
+  int rows;  // in all
+  int ways_log2 = 0;
+
+  __device__ __forceinline__ explicit MergeShares(int rows) : rows(rows) {
+    if (kRows == 1)
+      while (1 << ways_log2 < kWarps && rows << (ways_log2 + 1) <= static_cast<int>(gridDim.x) * kWarps)
+        ++ways_log2;
+  }
+  // Consecutive rows (groups of kRows of them) go to different blocks.
+  __device__ __forceinline__ int first_row(int warp) const {
+    return ((warp >> ways_log2) * gridDim.x + blockIdx.x) * kRows;
+  }
+  __device__ __forceinline__ int step() const { return (kWarps >> ways_log2) * gridDim.x * kRows; }
+};
+template <int kWarps>
+__device__ __forceinline__ bool merges_four_rows(int rows) {
+  return rows > 2 * static_cast<int>(gridDim.x) * kWarps;
+}
+
+template <class Schedule, class Worker>
+__device__ __forceinline__ MergeRow merge_row(const KernelArguments& a, const Schedule& schedule,
+                                              const Worker& worker, int index, int rows) {
+  MergeRow row{-1, {}, {}};
+  if (index >= rows) return row;
+  const int token = a.by_heads.divide(index), head = index - token * a.params.num_heads;
+  const int kv_head = a.by_group.divide(head);
+  const int packed = token * a.group + head - kv_head * a.group;
+  const int request = schedule.request_of_token()[token];
+  if (schedule.totals().prefix_blocks > 0) row.prefix = worker.prefix_partials(kv_head, packed);
+  row.context = worker.context_partials(request, kv_head, packed);
+  const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
+  row.output_row = (request * a.params.sequence + s) * a.params.num_heads + head;
+  return row;
+}
+
 template <int kVector>
 __device__ __forceinline__ void load_vector(float (&x)[kVector], const float* from) {
   if constexpr (kVector == 4) {
@@ -58,9 +103,6 @@ __device__ __forceinline__ void load_vector(float (&x)[kVector], const float* fr
 }
 
 // Waits for the grid and merges the rows that are this block's.
-//
-// Rows are dealt out over the grid. A warp takes kRows at a time, its lanes 32 / kRows of the partials of
-// each; where rows are few (kRows = 1), 2, 4 or 8 warps of a block take equal shares of one row's partials.
 // sums: [kWarps, kHeadDim] words of shared memory, scratch: 2 * kWarps of them.
 template <class T, int kHeadDim, int kWarps, int kRows, class Schedule, class Worker>
 __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Schedule& schedule,
@@ -73,33 +115,21 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
   const RelayParams& p = a.params;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows = schedule.totals().tokens * p.num_heads;
-  int ways_log2 = 0;
-  if (kRows == 1)
-    while (1 << ways_log2 < kWarps && rows << (ways_log2 + 1) <= static_cast<int>(gridDim.x) * kWarps)
-      ++ways_log2;
-  const int ways = 1 << ways_log2, way = warp & (ways - 1);
-  // Consecutive rows (groups of kRows of them) go to different blocks.
-  const int mine = (warp >> ways_log2) * gridDim.x + blockIdx.x;
-  const int step = (kWarps >> ways_log2) * gridDim.x * kRows;
+  const MergeShares<kWarps, kRows> shares(rows);
+  const int ways_log2 = shares.ways_log2, ways = 1 << ways_log2, way = warp & (ways - 1);
+  const int step = shares.step(), mine = shares.first_row(warp) + lane / kLanes;
 #pragma unroll 1
   for (int first = 0; first < rows; first += step) {
     // Each group of kLanes lanes looks after one row.
-    const int index = first + mine * kRows + lane / kLanes;
-    const bool any = index < rows;
-    const int token = any ? a.by_heads.divide(index) : 0, head = any ? index - token * p.num_heads : 0;
-    const int kv_head = a.by_group.divide(head);
-    const int packed = token * a.group + head - kv_head * a.group;
-    const int request = schedule.request_of_token()[token];
-    Partials prefix{};
-    if (schedule.totals().prefix_blocks > 0) prefix = worker.prefix_partials(kv_head, packed);
-    const Partials context = worker.context_partials(request, kv_head, packed);
+    const MergeRow of = first == 0 ? worker.first_merge_row(warp * kRows + lane / kLanes, mine, rows)
+                                   : merge_row(a, schedule, worker, first + mine, rows);
+    const bool any = of.output_row >= 0;
+    const Partials &prefix = of.prefix, &context = of.context;
     const int count = prefix.count + context.count;
-    const int begin = way * count >> ways_log2, end = any ? (way + 1) * count >> ways_log2 : begin;
+    const int begin = way * count >> ways_log2, end = (way + 1) * count >> ways_log2;
     int most = end - begin;
     for (int distance = kLanes; distance < 32; distance *= 2)
       most = max(most, __shfl_xor_sync(kAllLanes, most, distance));
-    const int s = schedule.first_token()[request] + token - schedule.token_start()[request];
-    const int output_row = (request * p.sequence + s) * p.num_heads + head;
     // All of the above needs the lengths alone; what follows needs the other blocks.
     if (first == 0) {
       if (threadIdx.x == 0) barrier.wait();
@@ -110,7 +140,6 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
     float x[kRows][kVectors][kVector] = {};
 #pragma unroll 1
     for (int base = 0; base < most; base += kLanes) {
-      // Those partials that there are not weigh nothing, and are read where the first lies.
       const int own = base + lane % kLanes;
       const bool there = own < end - begin;
       const int k = there ? begin + own : 0;
@@ -120,13 +149,16 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
       float weight = 0;
 #pragma unroll 1
       for (int ahead = 0; ahead < min(kLanes, most - base); ahead += kAhead) {
-        float part[kRows][kAhead][kVectors][kVector];
+        // Partials that there are not weigh nothing. One row's are not read either; of four rows most are
+        // there, and the others' place is taken by the first.
+        float part[kRows][kAhead][kVectors][kVector] = {};
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
           for (int j = 0; j < kAhead; ++j) {
             const int at = __shfl_sync(kAllLanes, row, r * kLanes + ahead + j);
             const float* from = a.partial_output + int64_t{at} * kHeadDim;
+            if (kRows == 1 && base + ahead + j >= most) continue;
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) load_vector(part[r][j][v], from + (v * 32 + lane) * kVector);
           }
@@ -169,7 +201,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float of_row = __shfl_sync(kAllLanes, scale, r * kLanes);
-        const int to = __shfl_sync(kAllLanes, any ? output_row : -1, r * kLanes);
+        const int to = __shfl_sync(kAllLanes, of.output_row, r * kLanes);
         if (to < 0) continue;
         uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{to} * kHeadDim;
 #pragma unroll
@@ -207,7 +239,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
           high += weight * sums[w * kHeadDim + column + 1];
         }
         const float scale = sum == 0 ? 0 : 1 / sum;
-        uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{output_row} * kHeadDim;
+        uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{of.output_row} * kHeadDim;
         reinterpret_cast<uint32_t*>(output)[column / 2] = T::pack(low * scale, high * scale);
       }
       worker.synchronize();
@@ -215,13 +247,14 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
   }
 }
 
-// worker: prefix_partials(kv_head, packed_row), context_partials(request, kv_head, packed_row), and
-// synchronize() of the first kWarps warps of the block, which take part.
+// worker: prefix_partials(kv_head, packed_row), context_partials(request, kv_head, packed_row);
+// first_merge_row(number, index, rows), merge_row() of the block's first rows, by their number in the block;
+// and synchronize() of the first kWarps warps of the block, which take part.
 template <class T, int kHeadDim, int kWarps, class Schedule, class Worker>
 __device__ __forceinline__ void merge(const KernelArguments& a, const Schedule& schedule,
                                       const Worker& worker, const GridBarrier& barrier, float* sums,
                                       float* scratch) {
-  if (schedule.totals().tokens * a.params.num_heads > 2 * static_cast<int>(gridDim.x) * kWarps)
+  if (merges_four_rows<kWarps>(schedule.totals().tokens * a.params.num_heads))
     merge_rows<T, kHeadDim, kWarps, 4>(a, schedule, worker, barrier, sums, scratch);
   else
     merge_rows<T, kHeadDim, kWarps, 1>(a, schedule, worker, barrier, sums, scratch);

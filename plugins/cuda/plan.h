@@ -24,7 +24,7 @@ constexpr int kHopperConsumers = 2 * 128;
 constexpr int kHopperThreads = kHopperConsumers + 128;
 constexpr int kMaxStages = 24;  // buffers of keys or values
 constexpr int kMaxHopperHeadDim = 128;
-constexpr int kHopperFixedBytes = 6016;  // of shared memory: what hopper.cuh keeps whatever the call
+constexpr int kHopperFixedBytes = 7312;  // of shared memory: what hopper.cuh keeps whatever the call
 
 // Divides by a number that the host knows, for 0 <= n with n * divisor < 2^32.
 struct Divisor {
@@ -54,12 +54,13 @@ struct KernelArguments {
   int prefix_rows_log2;
   int context_rows_log2;
   Divisor by_group, by_heads, by_kv_heads;
-  int depth;                  // buffers in the copy pipeline
-  int copies_in_flight;       // of buffers, at most (Hopper)
-  int ring_offset;            // of the copy pipeline in shared memory (Hopper)
-  int tail_rows;              // rows of one tail slot
-  int appended_before;        // the new tokens are in present already, rotated (see Plan)
-  int64_t query_lines;        // of 128 bytes: what the Hopper kernel asks into L2 at once
+  int depth;             // buffers in the copy pipeline
+  int copies_in_flight;  // of buffers, at most (Hopper)
+  int ring_offset;       // of the copy pipeline in shared memory (Hopper)
+  int tail_rows;         // rows of one tail slot
+  int appended_before;   // the new tokens are in present already, rotated (see Plan)
+  // Of 128 bytes, of query and of key: what the Hopper kernel asks into L2 at once.
+  int64_t query_lines, new_lines;
   int64_t l2_prefetch_bytes;  // of prefix_key and of prefix_value, each
   // Partial results, float32, in rows. A tile is shared by consecutive workers: the first one's partial is a
   // head, kept by packed row, [2 (prefix, context), Hkv, max_rows]; every later one's is a tail, of which a

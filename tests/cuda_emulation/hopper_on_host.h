@@ -360,6 +360,12 @@ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
 
 // ---- copies ----
 inline void tensor_map_prefetch(const TensorMap*) {}
+inline void prefetch_l2_bulk(const void* address, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || bytes % 16 != 0)
+    cuda_on_host::die("a bulk prefetch is not aligned");
+  prefetch_l2(address);
+  prefetch_l2(static_cast<const char*>(address) + bytes - 1);
+}
 
 inline void land_tensor(const TensorMap& map, SharedAddress target, const int (&at)[4],
                         SharedAddress barrier) {
