@@ -244,7 +244,9 @@ def main() -> int:
     making.add_argument("folder", type=Path)
     making.add_argument("--layers", type=int, default=4)
     making.add_argument("--prefix", type=int, default=2048, metavar="TOKENS")
-    making.add_argument("--vocabulary", type=int, default=4096, help="TensorRT 8.6 compiles for minutes at 32,000")
+    making.add_argument(
+        "--vocabulary", type=int, default=4096, help="TensorRT 8.6 compiles for minutes at 32,000"
+    )
     steps.add_parser("fill").add_argument("folders", nargs="+", type=Path)
     timing = steps.add_parser("time")
     timing.add_argument("backend")

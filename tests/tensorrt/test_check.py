@@ -123,6 +123,17 @@ def test_a_failed_build_is_tried_once_more(work: Path, tmp_path: Path, capsys: A
     assert rows(capsys)[0].startswith(OK)
 
 
+def test_a_build_that_took_too_long_is_not_begun_again(work: Path, capsys: Any, monkeypatch: Any) -> None:
+    """At a level that takes longer."""
+    slow = Step("build:small", [sys.executable, "-c", "import time; time.sleep(60)"], 0, 0.5)
+    monkeypatch.setattr(check_tensorrt, "plan_steps", lambda *_: ([slow], []))
+    monkeypatch.setattr(check_tensorrt, "START", time.monotonic())
+    assert check_tensorrt.check(work, 30, None, 1) == 1
+    out = capsys.readouterr().out
+    assert "stopped after 0 s" in out
+    assert "0 of 1 ok" in out
+
+
 def step(tmp_path: Path, code: str, limit: float = 20.0) -> Step:
     made = Step("it", [sys.executable, "-c", code], 1, limit)
     made.run(time.monotonic() + 30, tmp_path / "it.log")
