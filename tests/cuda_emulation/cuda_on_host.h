@@ -15,7 +15,8 @@
 //   nothing else in its block can go on;
 // - threads that wait for one another for ever end the launch, and who waits for what is said;
 // - lanes of a warp fall behind;
-// - shared memory starts as NaN, and what plan.cpp did not ask for is not there.
+// - shared memory starts as NaN, and what plan.cpp did not ask for is not there;
+// - data races in shared memory end the launch, where asked for (races.h).
 #pragma once
 
 #include <algorithm>
@@ -31,6 +32,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "races.h"
 
 #define __device__
 #define __global__
@@ -129,9 +132,16 @@ cuda_on_host_switch:
 
 struct Options {
   uint64_t seed = 0;
-  bool shuffle = true;  // blocks and warps in random order, preemption at atomics; else in order
-  int copies = 2;       // asynchronous copies land: 0 late, 1 at once, 2 at random
-  bool hopper = false;  // watch what ordinary code writes into shared memory without a fence
+  bool shuffle = true;            // blocks and warps in random order, preemption at atomics; else in order
+  int copies = 2;                 // asynchronous copies land: 0 late, 1 at once, 2 at random
+  bool hopper = false;            // watch what ordinary code writes into shared memory without a fence
+  bool races = false;             // look for data races in shared memory
+  unsigned disregarded = 0;       // bits of Order
+  bool equal_writes = false;      // are races too
+  ProductReads* raced = nullptr;  // gets the products' reads that race
+  // Products' reads that give NaN: those that raced in a launch of the same seed. If its results stay the
+  // same, they do not depend on them.
+  const ProductReads* spoiled = nullptr;
 };
 
 struct Copy {
@@ -189,6 +199,7 @@ struct Block {
   std::vector<Piece> pieces;                    // only where Options::hopper
   int at_meeting[16] = {};
   std::vector<uint64_t> products[8];  // of each warpgroup, for its warps to agree on
+  std::unique_ptr<Races> races;       // only where Options::races
   bool finished() const { return done == static_cast<int>(threads.size()); }
 };
 
@@ -210,6 +221,8 @@ struct Machine {
   Index thread_index, block_index, grid_size, block_size;
   int progress = 0;
   std::string failure;  // of a fiber
+  RaceLog race_log;
+  int unseen = 0;  // Unseen objects
 
   Thread& current() { return block->threads[thread]; }
   Warp& warp() { return block->warps[thread / 32]; }
@@ -219,6 +232,24 @@ struct Machine {
 inline Machine*& machine() {
   static Machine* instance = nullptr;
   return instance;
+}
+
+// The accesses of the machine itself while there is one: they are no thread's, or reported by hand.
+struct Unseen {
+  Unseen() { ++machine()->unseen; }
+  ~Unseen() { --machine()->unseen; }
+  Unseen(const Unseen&) = delete;
+  Unseen& operator=(const Unseen&) = delete;
+};
+// Of the current block, or null.
+inline Races* races() { return machine()->block->races.get(); }
+inline size_t shared_offset(const void* address) {
+  return static_cast<size_t>(static_cast<const char*>(address) - machine()->block->shared_base);
+}
+// An address in the function that this is called in, or in the one that it is inlined into.
+[[gnu::noinline]] inline const void* here() {
+  asm volatile("");
+  return __builtin_return_address(0);
 }
 
 // Leaves the current fiber until the scheduler resumes it.
@@ -374,6 +405,9 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
     } else {
       block->stacks.reset(new char[kStackBytes * threads]);
     }
+    if (options.races)
+      block->races = std::make_unique<Races>(&m.race_log, b, threads, shared_bytes, block->shared_base,
+                                             options.disregarded, options.equal_writes);
     for (int t = 0; t < threads; ++t) make_fiber(block->threads[t], block->stacks.get() + kStackBytes * t);
     m.blocks.push_back(std::move(block));
   }
@@ -405,8 +439,11 @@ inline void launch(const Options& options, int grid, int threads, size_t shared_
     for (const char* byte = block->shared.data(); byte < block->shared.data() + block->shared.size(); ++byte)
       if ((byte < block->shared_base || byte >= block->shared_base + shared_bytes) && *byte != '\xff')
         die("a kernel wrote outside its shared memory");
+    if (block->races != nullptr) block->races->check_complete();
     spare_stacks.emplace_back(threads, std::move(block->stacks));
   }
+  if (options.raced != nullptr) *options.raced = std::move(m.race_log.product_reads);
+  if (!m.race_log.empty()) die("data races in shared memory\n" + m.race_log.describe());
 }
 
 // All 32 lanes meet; the last one runs body(arguments of lane 0..31).
@@ -437,10 +474,13 @@ inline void barrier() {
   }
   block.at_barrier = 0;
   ++m.progress;
+  if (Races* races = block.races.get())
+    races->meet(0, static_cast<int>(block.threads.size()), kBySyncThreads);
   for (Thread& t : block.threads) t.state = State::kReady;
 }
 
 inline void perform(const Copy& copy) {
+  const Unseen unseen;
   if (copy.source != nullptr)
     std::memcpy(copy.target, copy.source, 16);
   else
@@ -458,6 +498,7 @@ inline void land(int through) {
       copies[kept++] = copy;
   }
   copies.resize(kept);
+  if (Races* r = races()) r->copies_waited_for(machine()->thread, through);
 }
 
 }  // namespace cuda_on_host
@@ -473,7 +514,10 @@ inline float __fdividef(float a, float b) { return std::isinf(b) ? 0.0f : a / b;
 
 inline void __syncwarp() {
   int none = 0;
-  cuda_on_host::collective(7, none, [](int**) {});
+  cuda_on_host::collective(7, none, [](int**) {
+    if (cuda_on_host::Races* races = cuda_on_host::races())
+      races->meet(cuda_on_host::machine()->thread / 32 * 32, 32, cuda_on_host::kBySyncWarp);
+  });
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
@@ -586,14 +630,24 @@ inline void check_alignment(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) cuda_on_host::die("a 16-byte access is not aligned");
 }
 
-inline uint4 load_shared_16(SharedAddress address) {
+// Reports an access of the current thread by the twin of an instruction.
+[[gnu::always_inline]] inline void report(SharedAddress address, size_t bytes, bool write,
+                                          const void* value = nullptr) {
+  if (cuda_on_host::Races* races = cuda_on_host::races())
+    races->access(cuda_on_host::machine()->thread, cuda_on_host::shared_offset(address), bytes, write,
+                  cuda_on_host::here(), value);
+}
+
+[[gnu::always_inline]] inline uint4 load_shared_16(SharedAddress address) {
   check_alignment(address);
+  report(address, 16, false);
+  const cuda_on_host::Unseen unseen;
   uint4 value;
   std::memcpy(&value, address, 16);
   return value;
 }
-inline void store_shared_16(SharedAddress address, const uint4& value) {
-  check_alignment(address);
+inline void store_piece(SharedAddress address, const uint4& value) {
+  const cuda_on_host::Unseen unseen;
   cuda_on_host::Machine& m = *cuda_on_host::machine();
   if (!m.block->pieces.empty()) {
     // Not for the copy engine's and the products' eyes until a fence. Writing what is there already is
@@ -605,11 +659,19 @@ inline void store_shared_16(SharedAddress address, const uint4& value) {
   }
   std::memcpy(address, &value, 16);
 }
+[[gnu::always_inline]] inline void store_shared_16(SharedAddress address, const uint4& value) {
+  check_alignment(address);
+  report(address, 16, true, &value);
+  store_piece(address, value);
+}
 
-inline void copy_async_16(SharedAddress target, const void* source, bool valid) {
+[[gnu::always_inline]] inline void copy_async_16(SharedAddress target, const void* source, bool valid) {
   check_alignment(target);
   check_alignment(source);
   cuda_on_host::Machine& m = *cuda_on_host::machine();
+  if (cuda_on_host::Races* races = m.block->races.get())
+    races->copy_started(m.thread, m.current().group, cuda_on_host::shared_offset(target), 16,
+                        cuda_on_host::here());
   const cuda_on_host::Copy copy{target, valid ? source : nullptr, m.current().group};
   const int when = m.options.copies;
   if (when == 1 || (when == 2 && m.random() % 2 == 0)) {
@@ -634,10 +696,12 @@ struct MatrixArguments {
 };
 
 template <bool kTransposed>
-inline void load_matrix(int operation, uint32_t (&r)[4], SharedAddress row) {
+[[gnu::always_inline]] inline void load_matrix(int operation, uint32_t (&r)[4], SharedAddress row) {
   check_alignment(row);
+  report(row, 16, false);  // by the lane that gives the address
   MatrixArguments mine{row, r};
   cuda_on_host::collective(operation, mine, [](MatrixArguments** all) {
+    const cuda_on_host::Unseen unseen;
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t element[8][8];
       for (int i = 0; i < 8; ++i) std::memcpy(element[i], all[matrix * 8 + i]->row, 16);
@@ -650,8 +714,12 @@ inline void load_matrix(int operation, uint32_t (&r)[4], SharedAddress row) {
     }
   });
 }
-inline void load_matrix_x4(uint32_t (&r)[4], SharedAddress row) { load_matrix<false>(4, r, row); }
-inline void load_matrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) { load_matrix<true>(5, r, row); }
+[[gnu::always_inline]] inline void load_matrix_x4(uint32_t (&r)[4], SharedAddress row) {
+  load_matrix<false>(4, r, row);
+}
+[[gnu::always_inline]] inline void load_matrix_x4_transposed(uint32_t (&r)[4], SharedAddress row) {
+  load_matrix<true>(5, r, row);
+}
 
 struct MultiplyArguments {
   float* c;

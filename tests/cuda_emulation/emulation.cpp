@@ -16,6 +16,11 @@ namespace {
 
 using namespace relay::cuda;
 
+// Whether and how to look for data races.
+cuda_on_host::Options race_options;
+std::vector<cuda_on_host::ProductReads> raced;  // of each launch of the last call that looked for them
+bool spoil = false;                             // Options::spoiled
+
 class Guarded {
  public:
   Guarded(const void* content, size_t bytes, bool at_end) : bytes_(bytes) {
@@ -132,7 +137,8 @@ static int emulate(const RelayParams* caller, const RelayTuning* tuning, int maj
   p.cos_cache = cosine.data, p.sin_cache = sine.data;
   p.output = output.data;
 
-  const cuda_on_host::Options options{seed, shuffle != 0, copies};
+  cuda_on_host::Options options = race_options;
+  options.seed = seed, options.shuffle = shuffle != 0, options.copies = copies;
   const Kernels kernels = find_kernels(p, plan);
   if (tuning->algorithm == 1) {
     if (p.scale == 0) p.scale = 1 / std::sqrt(static_cast<float>(p.head_dim));
@@ -148,6 +154,12 @@ static int emulate(const RelayParams* caller, const RelayTuning* tuning, int maj
     words[0] = static_cast<uint32_t>(seed) << 31;  // the top bit may be either
     if (plan.append_before) cuda_on_host::launch(options, 3, kThreads, 0, [&] { kernels.append(p); });
     for (int i = 0; i < plan.launches; ++i) {
+      if (options.races) {
+        if (i == 0) raced.clear();
+        raced.emplace_back();
+        options.raced = &raced.back();
+      }
+      options.spoiled = spoil ? &raced.at(i) : nullptr;
       run(kernels, kernel_arguments(p, plan, i, workspace.data, words), plan, options);
       if (words[0] << 1 != 0) cuda_on_host::die("the barrier is not ready for the next launch");
     }
@@ -170,6 +182,19 @@ extern "C" int relay_emulate(const RelayParams* caller, const RelayTuning* tunin
     std::snprintf(message, message_size, "%s", e.what());
     return -1;
   }
+}
+
+// What later calls do about data races. mode 0: nothing; 1: look for them; 2: spoil those reads of products
+// that raced in the last call, whose arguments and seed this one must have. disregarded and equal_writes: of
+// cuda_on_host::Options. Needs the library that conftest.py builds for it. Returns the reads that raced.
+extern "C" size_t relay_emulate_races(int mode, unsigned disregarded, int equal_writes) {
+  race_options.races = mode == 1;
+  spoil = mode == 2;
+  race_options.disregarded = disregarded;
+  race_options.equal_writes = equal_writes != 0;
+  size_t reads = 0;
+  for (const cuda_on_host::ProductReads& launch : raced) reads += launch.size();
+  return reads;
 }
 
 extern "C" size_t relay_emulate_workspace_bytes(const RelayParams* p, int sm_count) {

@@ -22,6 +22,7 @@ struct SharedBarrier {
   uint64_t magic : 20, parity : 1, expected : 11, pending : 11, bytes : 21;
 
   static SharedBarrier load(const char* address) {
+    const Unseen unseen;
     SharedBarrier b;
     static_assert(sizeof(b) == 8);
     std::memcpy(&b, address, 8);
@@ -30,11 +31,13 @@ struct SharedBarrier {
   }
   // Ends the phase when all is there.
   void store(char* address) {
+    const Unseen unseen;
     Machine& m = *machine();
     if (pending == 0 && bytes == 0) {
       parity ^= 1;
       pending = expected;
       ++m.progress;
+      if (Races* r = races()) r->end_phase(shared_offset(address));
       for (Thread& t : m.block->threads)
         if (t.state == State::kAtBarrier && t.waits_for == address) t.state = State::kReady;
     }
@@ -49,8 +52,9 @@ inline void check_shared(const char* address, size_t bytes, size_t alignment) {
   if ((address - block.shared_base) % alignment != 0) die("an address in shared memory is not aligned");
 }
 
-inline void arrive(char* address, uint32_t arrivals, uint32_t bytes) {
+[[gnu::always_inline]] inline void arrive(char* address, uint32_t arrivals, uint32_t bytes) {
   check_shared(address, 8, 8);
+  if (Races* r = races()) r->arrive(machine()->thread, shared_offset(address), here());
   SharedBarrier b = SharedBarrier::load(address);
   if (arrivals == 0 || arrivals > b.pending) die("more arrivals at a barrier than it expects");
   if (b.bytes + bytes >= 1 << 20) die("too many bytes expected at a barrier");
@@ -76,8 +80,14 @@ inline void meet(int name, int threads) {
   }
   block.at_meeting[name] = 0;
   ++m.progress;
-  for (Thread& t : block.threads)
-    if (t.state == State::kAtMeeting && t.waits_for == block.shared_base + name) t.state = State::kReady;
+  std::vector<int> met{m.thread};
+  for (size_t i = 0; i < block.threads.size(); ++i) {
+    Thread& t = block.threads[i];
+    if (t.state != State::kAtMeeting || t.waits_for != block.shared_base + name) continue;
+    t.state = State::kReady;
+    met.push_back(static_cast<int>(i));
+  }
+  if (Races* r = races()) r->meet(met, kByNamedBarrier << name);
 }
 
 // ---- shared memory as the copy engine and the products see it ----
@@ -91,6 +101,7 @@ inline uint32_t swizzled(uint32_t address, int row_bytes) {
 
 // 16 bytes as a product reads them: NaN where ordinary code wrote and no fence followed.
 inline void read_piece(uint32_t address, uint16_t (&piece)[8]) {
+  const Unseen unseen;
   const Block& block = *machine()->block;
   const char* from = block.shared_base + address - kWindow;
   check_shared(from, 16, 16);
@@ -109,8 +120,10 @@ struct Product {
   uint64_t a, b;  // descriptors
   int accumulator;
   int group;
+  int number;     // of those of the warp
   int lanes = 0;  // that have issued it
   bool done = false;
+  const void* where = nullptr;  // it was issued
   uint32_t registers[32][4];
   const uint32_t* sources[32];
 };
@@ -194,9 +207,13 @@ struct Descriptor {
 
 template <class T>
 inline void execute_product(Products& all, Product& p) {
-  const auto read = [](uint32_t address, float* to, int step) {
+  const auto read = [&p](uint32_t address, float* to, int step) {
     uint16_t piece[8];
     read_piece(address, piece);
+    const Machine& m = *machine();
+    if (m.options.spoiled != nullptr && m.options.spoiled->count(product_read_key(
+                                            m.block_index.x, m.thread / 32, p.number, address - kWindow)) > 0)
+      std::fill(piece, piece + 8, 0x7fff);  // a NaN of both types
     for (int i = 0; i < 8; ++i) to[i * step] = T::unpack(piece[i]).x;
   };
   float a[16][16], b[16][128];  // b: [k, column]
@@ -227,12 +244,29 @@ inline void execute_product(Products& all, Product& p) {
   }
 }
 
+// Bytes of shared memory that a warp's product reads, by pieces of 16.
+template <class Visit>
+inline void each_piece(const Product& p, int warp, Visit visit) {
+  const Descriptor of_b(p.b);
+  if (p.values) {
+    for (int k = 0; k < 16; ++k)
+      for (int chunk = 0; chunk < p.columns / 8; ++chunk) visit(of_b.across(k, chunk));
+    return;
+  }
+  const Descriptor of_a(p.a);
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    for (int row = 0; row < 16; ++row) visit(of_a.of_row(warp * 16 + row, chunk));
+    for (int column = 0; column < p.columns; ++column) visit(of_b.of_row(column, chunk));
+  }
+}
+
 inline void issue(Product mine, float* c, const uint32_t* registers) {
   Machine& m = *machine();
   Products& all = products();
   const int lane = m.thread % 32, number = all.issued[lane]++;
   if (!all.begun[lane]) die("a product without product_begin since the last wait");
   mine.group = all.groups[lane];
+  mine.number = number;
 
   int index = -1;
   for (int i = 0; i < static_cast<int>(all.accumulators.size()); ++i)
@@ -264,7 +298,11 @@ inline void issue(Product mine, float* c, const uint32_t* registers) {
   }
   if (registers != nullptr) std::memcpy(p.registers[lane], registers, 16);
   p.sources[lane] = registers;
-  if (++p.lanes == 32 && m.chance(2)) all.execute(number + 1);
+  if (++p.lanes < 32) return;
+  if (Races* r = races())
+    each_piece(p, all.warp,
+               [&](uint32_t piece) { r->product_read(m.thread / 32, number, piece - kWindow, 16, p.where); });
+  if (m.chance(2)) all.execute(number + 1);
 }
 
 // Returns when all but the latest `pending` committed groups of the warp are done.
@@ -293,6 +331,7 @@ inline void wait_for_products(int pending) {
       all.queue.pop_front();
       ++all.first;
     }
+    if (Races* r = races()) r->products_waited_for(machine()->thread / 32, all.first);
     std::fill(all.begun, all.begun + 32, false);
   });
 }
@@ -329,8 +368,10 @@ inline TensorMap encode_tensor_map(const void* base, const uint64_t (&sizes)[4],
 }
 
 // ---- barriers ----
-inline void barrier_init(SharedAddress barrier, uint32_t arrivals) {
+[[gnu::always_inline]] inline void barrier_init(SharedAddress barrier, uint32_t arrivals) {
   cuda_on_host::check_shared(barrier, 8, 8);
+  report(barrier, 8, true);
+  const cuda_on_host::Unseen unseen;
   // A new launch's shared memory is all ones.
   for (int i = 0; i < 8; ++i)
     if (barrier[i] != '\xff') cuda_on_host::die("a barrier where something else lies");
@@ -339,16 +380,16 @@ inline void barrier_init(SharedAddress barrier, uint32_t arrivals) {
   std::memcpy(barrier, &b, 8);
 }
 inline void barrier_init_fence() {}
-inline void barrier_expect(SharedAddress barrier, uint32_t bytes) {
+[[gnu::always_inline]] inline void barrier_expect(SharedAddress barrier, uint32_t bytes) {
   cuda_on_host::preempt();
   cuda_on_host::arrive(barrier, 1, bytes);
 }
-inline void barrier_arrive(SharedAddress barrier, uint32_t arrivals) {
+[[gnu::always_inline]] inline void barrier_arrive(SharedAddress barrier, uint32_t arrivals) {
   cuda_on_host::preempt();
   cuda_on_host::arrive(barrier, arrivals, 0);
   cuda_on_host::preempt();
 }
-inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
+[[gnu::always_inline]] inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
   cuda_on_host::check_shared(barrier, 8, 8);
   if (parity > 1) cuda_on_host::die("a parity is 0 or 1");
   cuda_on_host::preempt();
@@ -356,6 +397,8 @@ inline void barrier_wait(SharedAddress barrier, uint32_t parity) {
     cuda_on_host::machine()->current().waits_for = barrier;
     cuda_on_host::leave(cuda_on_host::State::kAtBarrier);
   }
+  if (cuda_on_host::Races* races = cuda_on_host::races())
+    races->wait(cuda_on_host::machine()->thread, cuda_on_host::shared_offset(barrier), cuda_on_host::here());
 }
 
 // ---- copies ----
@@ -367,8 +410,9 @@ inline void prefetch_l2_bulk(const void* address, uint32_t bytes) {
   prefetch_l2(static_cast<const char*>(address) + bytes - 1);
 }
 
-inline void land_tensor(const TensorMap& map, SharedAddress target, const int (&at)[4],
-                        SharedAddress barrier) {
+inline void land_tensor(const TensorMap& map, SharedAddress target, const int (&at)[4], SharedAddress barrier,
+                        uint32_t number) {
+  const cuda_on_host::Unseen unseen;
   cuda_on_host::Block& block = *cuda_on_host::machine()->block;
   const int row_bytes = map.box[0] * 2;
   uint32_t address = static_cast<uint32_t>(target - block.shared_base) + cuda_on_host::kWindow;
@@ -396,22 +440,31 @@ inline void land_tensor(const TensorMap& map, SharedAddress target, const int (&
   const uint32_t bytes = address - cuda_on_host::kWindow - static_cast<uint32_t>(target - block.shared_base);
   if (b.bytes < bytes) cuda_on_host::die("a tensor copy brings more bytes than its barrier expects");
   b.bytes -= bytes;
+  if (cuda_on_host::Races* races = cuda_on_host::races())
+    races->tensor_copy_landed(cuda_on_host::shared_offset(barrier), number);
   b.store(barrier);
 }
 
-inline void tensor_copy(SharedAddress target, const TensorMap* map, int c0, int c1, int c2, int c3,
-                        SharedAddress barrier, bool) {
+[[gnu::always_inline]] inline void tensor_copy(SharedAddress target, const TensorMap* map, int c0, int c1,
+                                               int c2, int c3, SharedAddress barrier, bool) {
   cuda_on_host::Machine& m = *cuda_on_host::machine();
   if (map->base == nullptr) cuda_on_host::die("a tensor copy of an empty tensor");
-  cuda_on_host::check_shared(target, size_t{2} * map->box[0] * map->box[1] * map->box[2] * map->box[3], 128);
+  const size_t bytes = size_t{2} * map->box[0] * map->box[1] * map->box[2] * map->box[3];
+  cuda_on_host::check_shared(target, bytes, 128);
   cuda_on_host::SharedBarrier::load(barrier);
+  uint32_t number = 0;
+  if (cuda_on_host::Races* races = m.block->races.get()) {
+    number = races->tensor_copy_started(m.thread, cuda_on_host::shared_offset(barrier),
+                                        cuda_on_host::shared_offset(target), bytes, cuda_on_host::here());
+  }
   const int when = m.options.copies;
   if (when == 1 || (when == 2 && m.random() % 4 == 0)) {
-    land_tensor(*map, target, {c0, c1, c2, c3}, barrier);
+    land_tensor(*map, target, {c0, c1, c2, c3}, barrier, number);
     return;
   }
   // The map lies on the stack of a thread that may have ended by then.
-  m.block->landings.push_back([=, copied = *map] { land_tensor(copied, target, {c0, c1, c2, c3}, barrier); });
+  m.block->landings.push_back(
+      [=, copied = *map] { land_tensor(copied, target, {c0, c1, c2, c3}, barrier, number); });
 }
 
 inline void shared_write_fence() {
@@ -461,23 +514,26 @@ inline uint64_t matrix_descriptor(SharedAddress address, uint32_t atom_bytes) {
 }
 
 template <class T, bool kAccumulate>
-inline void multiply_keys(float (&c)[32], uint64_t a, uint64_t b) {
+[[gnu::always_inline]] inline void multiply_keys(float (&c)[32], uint64_t a, uint64_t b) {
   cuda_on_host::Product product{};
   product.execute = cuda_on_host::execute_product<T>;
   product.accumulate = kAccumulate;
   product.columns = 64;
   product.a = a;
   product.b = b;
+  product.where = cuda_on_host::here();
   cuda_on_host::issue(product, c, nullptr);
 }
 
 template <class T, int kCount>
-inline void multiply_values(float (&c)[kCount], const uint32_t (&a)[4], uint64_t descriptor) {
+[[gnu::always_inline]] inline void multiply_values(float (&c)[kCount], const uint32_t (&a)[4],
+                                                   uint64_t descriptor) {
   cuda_on_host::Product product{};
   product.execute = cuda_on_host::execute_product<T>;
   product.values = product.accumulate = true;
   product.columns = 2 * kCount;
   product.b = descriptor;
+  product.where = cuda_on_host::here();
   cuda_on_host::issue(product, c, a);
 }
 

@@ -32,7 +32,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs g++ on x86-64 or aarch64")
     program = tmp_path_factory.mktemp("machine") / "machine"
     flags = ["-std=c++17", "-O1", "-DRELAY_CUDA_ON_HOST", f"-I{HERE}"]
-    subprocess.run([compiler, *flags, str(HERE / "machine.cpp"), "-o", str(program)], check=True)
+    sources = [str(HERE / "machine.cpp"), str(HERE / "races.cpp")]
+    subprocess.run([compiler, *flags, *sources, "-ldl", "-o", str(program)], check=True)
     return program
 
 
