@@ -52,10 +52,6 @@ __device__ __forceinline__ void barrier_wait(SharedAddress barrier, uint32_t par
 }
 
 // ---- copies ----
-__device__ __forceinline__ void tensor_map_prefetch(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // bytes: a multiple of 16
 __device__ __forceinline__ void prefetch_l2_bulk(const void* address, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");

@@ -402,7 +402,6 @@ inline void barrier_init_fence() {}
 }
 
 // ---- copies ----
-inline void tensor_map_prefetch(const TensorMap*) {}
 inline void prefetch_l2_bulk(const void* address, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || bytes % 16 != 0)
     cuda_on_host::die("a bulk prefetch is not aligned");
