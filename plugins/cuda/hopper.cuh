@@ -3,7 +3,7 @@
 // Warps 0 to 3 and 4 to 7 are warpgroups 0 and 1: they multiply.
 // Warps 8 and 9 stream keys and values through rings of buffers, one thread of each.
 // Warps 10 and 11 find the tiles of warpgroups 0 and 1 ahead of them, load the queries of small ones (up to
-// 16 rows: decoding), then append the new tokens to the cache.
+// 16 rows: decoding), find what the block will merge, then append the new tokens to the cache.
 //
 // Who does what: hopper_schedule.cuh. Nearly all of a short launch is latency, and code that runs once is
 // fetched from far away: what is not in the inner loop is kept small rather than unrolled.
