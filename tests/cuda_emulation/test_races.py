@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from relay_cuda import Case
+from relay_cuda import SMALL, Case
 from relay_emulation import KERNELS, Emulation, check
 
 if TYPE_CHECKING:
@@ -22,31 +22,13 @@ CUDA = HERE.parent.parent / "plugins" / "cuda"
 # Of cuda_on_host::Order.
 SYNC_THREADS, SYNC_WARP, ARRIVAL, LANDING, PRODUCT_WAIT, COPY_WAIT, NAMED_BARRIER = (1 << i for i in range(7))
 
-# As tests/gpu/test_kernels.py's SMALL, which compute-sanitizer's racecheck runs on a GPU; sizes that the race
-# build has.
-CASES = {
-    "decode": Case(
-        head_dim=128, rotary_dim=128, kv_num_heads=2, prefix_length=1000, context_lens=(5, 70, 0, 64)
-    ),
-    "one request": Case(head_dim=128, context_lens=(33,), prefix_length=700),
-    "no prefix": Case(prefix_length=0, rotary_dim=32),
-    "group of 7": Case(group=7, kv_num_heads=4, context_lens=(5, 70, 0, 64, 63)),
-    "group of 24": Case(group=24, kv_num_heads=1, context_lens=(5, 70, 0, 64), rotary_dim=64),
-    "group of 70": Case(group=70, kv_num_heads=1, head_dim=128, rotary_dim=128, prefix_length=200),
-    "multi-head": Case(group=1, kv_num_heads=8, head_dim=96),
-    "idle rows": Case(context_lens=(5, 9, 70, 3), query_lens=(1, 0, 1, 0)),
-    "softcap, window": Case(
-        softcap=5.0, local_window_size=50, prefix_length=300, context_lens=(5, 70, 0, 20)
-    ),
-    "interleaved, not in place": Case(rotary_dim=48, rotary_interleaved=True, in_place=False),
-    "prefill, ragged": Case(
-        sequence=40, context_lens=(5, 0, 40, 7), query_lens=(40, 33, 0, 1), rotary_dim=64
-    ),
-    "several tokens": Case(sequence=4, query_lens=(4, 1, 3), rotary_dim=64),
+# What compute-sanitizer's racecheck runs on a GPU, at sizes that the race build has.
+CASES = {name: case for name, case in SMALL.items() if name != "group of 16"} | {
+    "decode": replace(SMALL["decode"], kv_num_heads=2),
+    "interleaved, not in place": replace(SMALL["interleaved, not in place"], head_dim=64),
     "wide prefix, narrow contexts": Case(
         context_lens=tuple(range(0, 200, 10)), max_context=220, prefix_length=640, rotary_dim=64
     ),
-    "lengths out of range": Case(context_lens=(5, -1, 80, 9, 9, 2), query_lens=(1, 1, 1, -1, 2, 1)),
 }
 
 RACE_KERNELS = [

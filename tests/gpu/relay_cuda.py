@@ -227,3 +227,28 @@ def relative_error(got: Array, want: Array) -> float:
 
 # What rounding to the storage type (of probabilities and output) leaves: 2^-11 and 2^-8, with some room.
 TOLERANCE = {FLOAT16: 1.5e-3, BFLOAT16: 1.0e-2}
+
+
+# What compute-sanitizer and the emulation's race detector run too.
+SMALL: dict[str, Case] = {
+    "decode": Case(
+        head_dim=128, rotary_dim=128, kv_num_heads=8, prefix_length=1000, context_lens=(5, 70, 0, 64)
+    ),
+    "one request": Case(head_dim=128, context_lens=(33,), prefix_length=700),
+    "no prefix": Case(prefix_length=0, rotary_dim=32),
+    "group of 7": Case(group=7, kv_num_heads=4, context_lens=(5, 70, 0, 64, 63)),
+    "group of 16": Case(group=16, kv_num_heads=1, head_dim=256, dtype=BFLOAT16),
+    "group of 24": Case(group=24, kv_num_heads=1, context_lens=(5, 70, 0, 64), rotary_dim=64),
+    "group of 70": Case(group=70, kv_num_heads=1, head_dim=128, rotary_dim=128, prefix_length=200),
+    "multi-head": Case(group=1, kv_num_heads=8, head_dim=96),
+    "idle rows": Case(context_lens=(5, 9, 70, 3), query_lens=(1, 0, 1, 0)),
+    "softcap, window": Case(
+        softcap=5.0, local_window_size=50, prefix_length=300, context_lens=(5, 70, 0, 20)
+    ),
+    "interleaved, not in place": Case(rotary_dim=48, rotary_interleaved=True, in_place=False, head_dim=192),
+    "prefill, ragged": Case(
+        sequence=40, context_lens=(5, 0, 40, 7), query_lens=(40, 33, 0, 1), rotary_dim=64
+    ),
+    "several tokens": Case(sequence=4, query_lens=(4, 1, 3), rotary_dim=64),
+    "lengths out of range": Case(context_lens=(5, -1, 80, 9, 9, 2), query_lens=(1, 1, 1, -1, 2, 1)),
+}
