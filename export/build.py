@@ -218,7 +218,7 @@ def _build(
     if strongly_typed is None:
         config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-        _keep_float32(trt, network, ir.load(artifact.file(MODEL_NAME)))
+        _pin_types(trt, network, ir.load(artifact.file(MODEL_NAME)))
     if info.refit:
         _mark_refittable(trt, network, config, artifact.manifest)
     if options.alias_cache:
@@ -272,27 +272,63 @@ def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:
         network.get_output(index).allowed_formats = linear
 
 
-def _keep_float32(trt: Any, network: Any, model: ir.Model) -> None:
-    """For TensorRT without typed networks: layers that are float32 in the graph stay so under the FP16
-    flag."""
-    names = {node.name for node in model.graph if _computes_float32(node)}
-    values = {value.name for node in model.graph if _computes_float32(node) for value in node.outputs}
-    left_alone = {
-        getattr(trt.LayerType, name)
-        for name in ("CAST", "CONSTANT", "SHAPE", "SHUFFLE", "GATHER", "CONCATENATION", "SLICE", "PLUGIN_V2")
-    }
+def _pin_types(trt: Any, network: Any, model: ir.Model) -> None:
+    """For TensorRT without typed networks: whatever computes does it in the graph's type, float32 or float16,
+    as in a typed network; or the builder would take either for each layer, whichever it times faster.
+
+    Tensors of the network do not say: until it is built every real one is float32. The parser makes the
+    layers of a node one after another, not all of them named, and names what leaves the node as in the graph.
+
+    Raises: ExportError if a matrix product is of no node that is float32 or float16.
+    """
+    types = _types_of_values(model)
+    kinds = {ir.DataType.FLOAT: trt.DataType.FLOAT, ir.DataType.FLOAT16: trt.DataType.HALF}
+    left_alone = {getattr(trt.LayerType, name) for name in _NOT_COMPUTING}
+    of_node: list[Any] = []
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        outputs = [layer.get_output(output) for output in range(layer.num_outputs)]
-        if layer.type in left_alone or not (layer.name in names or any(o.name in values for o in outputs)):
+        of_node.append(layer)
+        names = [layer.get_output(output).name for output in range(layer.num_outputs)]
+        found = [types[name] for name in names if name in types]
+        if not found:
             continue
-        layer.precision = trt.DataType.FLOAT
-        for output in range(layer.num_outputs):
-            layer.set_output_type(output, trt.DataType.FLOAT)
+        kind = kinds.get(found[0])
+        for each in of_node:
+            if kind is not None and each.type not in left_alone:
+                _pin(trt, each, kind)
+            elif each.type == trt.LayerType.MATRIX_MULTIPLY:
+                raise ExportError(f"{each.name}: the graph has {names[0]} as {found[0]}, not as a float type")
+        of_node = []
 
 
-def _computes_float32(node: ir.Node) -> bool:
-    return node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
+_NOT_COMPUTING = (
+    "CAST", "IDENTITY", "CONSTANT", "SHAPE", "SHUFFLE", "GATHER", "CONCATENATION", "SLICE", "PLUGIN_V2"
+)  # fmt: skip
+
+
+def _pin(trt: Any, layer: Any, kind: Any) -> None:
+    """Not what computes integers (of a shape) or truth values; a network's output has its type already."""
+    outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
+    real = (trt.DataType.FLOAT, trt.DataType.HALF)
+    if outputs[0].dtype not in real:
+        return
+    layer.precision = kind
+    for index, output in enumerate(outputs):
+        if output.dtype in real and not output.is_network_output:
+            layer.set_output_type(index, kind)
+
+
+def _types_of_values(model: ir.Model) -> dict[str, ir.DataType | None]:
+    """What each node gives, by its name; one of no stated type has its first operand's that has one."""
+    types: dict[str, ir.DataType | None] = {}
+    for node in model.graph:
+        operands = (value for value in node.inputs if value is not None)
+        known = (value.dtype or types.get(value.name or "") for value in operands)
+        inferred = next(filter(None, known), None)
+        if node.op_type == "Cast":
+            inferred = ir.DataType(node.attributes["to"].as_int())
+        types |= {value.name: value.dtype or inferred for value in node.outputs if value.name}
+    return types
 
 
 def _prefix_names(manifest: Manifest) -> Iterator[str]:

@@ -25,6 +25,14 @@ import onnx
 import onnxruntime
 import pytest
 
+INT32, INT64, BOOL = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
+# layers of onnx-tensorrt 8.6; the others are elementwise
+KINDS = {
+    "Cast": "CAST", "Gather": "GATHER", "GatherND": "GATHER", "GatherElements": "GATHER",
+    "RelayAttention": "PLUGIN_V2", "Squeeze": "SHUFFLE", "Unsqueeze": "SHUFFLE", "Reshape": "SHUFFLE",
+    "MatMul": "MATRIX_MULTIPLY", "Gemm": "MATRIX_MULTIPLY", "Sqrt": "UNARY", "Sigmoid": "ACTIVATION",
+    "Tanh": "ACTIVATION", "ReduceMean": "REDUCE", "Expand": "SLICE",
+}  # fmt: skip
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
 
 
@@ -397,7 +405,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             network.inputs = [SimpleNamespace(name=value.name) for value in proto.graph.input]
             network.outputs = [SimpleNamespace(name=value.name) for value in proto.graph.output]
             network.num_inputs, network.num_outputs = len(network.inputs), len(network.outputs)
-            network.layers = [Layer(node.name, node.op_type, node.output[0]) for node in proto.graph.node]
+            network.layers = layers_of(proto.graph)
             network.num_layers = len(network.layers)
             network.shapes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
             if gpu.registry.find("RelayAttention", "1", "relay") is None:
@@ -408,19 +416,57 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         def get_error(self, index: int) -> Any:
             return SimpleNamespace(node=lambda: 3, desc=lambda: "Plugin not found")
 
+    class Tensor:
+        """Real ones are float32 whatever the graph says, as the log of TensorRT 8.6.0's parser has them."""
+
+        def __init__(self, name: str, dtype: str, graph: onnx.GraphProto):
+            self.name, self.dtype = name, dtype
+            self.is_network_output = name in {value.name for value in graph.output}
+
     class Layer:
-        def __init__(self, name: str, op_type: str, output: str):
-            self.name, self.num_outputs = name, 1
-            known = {"Cast": "CAST", "Gather": "GATHER", "RelayAttention": "PLUGIN_V2", "Squeeze": "SHUFFLE"}
-            self.type = getattr(LayerType, known.get(op_type, "ELEMENTWISE"))
+        def __init__(self, name: str, kind: str, output: Tensor):
+            self.name, self.type, self.num_outputs = name, getattr(LayerType, kind), 1
             self.output, self.precision = output, None
             self.output_types: dict[int, Any] = {}
 
-        def get_output(self, index: int) -> Any:
-            return SimpleNamespace(name=self.output)
+        def get_output(self, index: int) -> Tensor:
+            return self.output
 
         def set_output_type(self, index: int, dtype: Any) -> None:
+            assert self.output.dtype == "FLOAT", f"{self.name} computes {self.output.dtype}"
             self.output_types[index] = dtype
+
+    def layers_of(graph: onnx.GraphProto) -> list[Layer]:
+        """As onnx-tensorrt 8.6 makes them: a weight is a constant; broadcasting, Gemm's bias and further
+        operands are layers of their own, of which only the last output has a name of the graph."""
+        integers = {
+            value.name for value in graph.input if value.type.tensor_type.elem_type in (INT32, INT64, BOOL)
+        } | {tensor.name for tensor in graph.initializer if tensor.data_type in (INT32, INT64, BOOL)}
+        weights = {tensor.name for tensor in graph.initializer}
+        layers: list[Layer] = []
+
+        def add(name: str, kind: str, dtype: str, output: str = "") -> None:
+            unnamed = f"(Unnamed Layer* {len(layers)}) [{kind.title()}]"
+            layers.append(Layer(name or unnamed, kind, Tensor(output or f"{unnamed}_output", dtype, graph)))
+
+        for node in graph.node:
+            to = [attribute.i for attribute in node.attribute if attribute.name == "to"]
+            integer = to[0] in (INT32, INT64, BOOL) if to else node.input[0] in integers
+            integers |= set(node.output) if integer else set()
+            dtype = "INT32" if integer else "FLOAT"
+            kind = KINDS.get(node.op_type, "ELEMENTWISE")
+            for name in node.input:
+                if name in weights and kind != "PLUGIN_V2":
+                    add(name, "CONSTANT", "INT32" if name in integers else "FLOAT")
+                    add("", "SHUFFLE", "INT32" if name in integers else "FLOAT")
+            if node.op_type == "Expand":
+                add("", "ELEMENTWISE", "INT32")  # of the two shapes
+            if node.op_type == "Gemm":
+                add(node.name, kind, dtype)
+                add("", "ELEMENTWISE", dtype, node.output[0])
+            else:
+                add(node.name, kind, dtype, node.output[0])
+        return layers
 
     class OptimizationProfile(dict):
         def set_shape(self, name: str, low: Any, best: Any, high: Any) -> None:
@@ -498,18 +544,10 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             }
             return json.dumps(plan).encode()
 
-    kinds = [
-        "CAST",
-        "CONSTANT",
-        "SHAPE",
-        "SHUFFLE",
-        "GATHER",
-        "CONCATENATION",
-        "SLICE",
-        "PLUGIN_V2",
-        "ELEMENTWISE",
-    ]
-    LayerType = Enum("LayerType", kinds)
+    LayerType = Enum(
+        "LayerType",
+        sorted({*KINDS.values(), "CONSTANT", "IDENTITY", "SHAPE", "CONCATENATION", "SLICE", "ELEMENTWISE"}),
+    )
     flags = ["FP16", "REFIT", "OBEY_PRECISION_CONSTRAINTS"] + (["REFIT_INDIVIDUAL"] if major >= 10 else [])
     flags = [flag for flag in flags if major < 11 or flag not in ("FP16", "OBEY_PRECISION_CONSTRAINTS")]
     network_flags = {
@@ -517,6 +555,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1},
         11: {"STRONGLY_TYPED": 0},
     }
+    module.layers_of = layers_of  # for tests of networks without a file
     module.Runtime, module.Refitter, module.Weights = Runtime, Refitter, lambda array: array
     module.Builder, module.OnnxParser, module.LayerType = Builder, OnnxParser, LayerType
     module.BuilderFlag = Enum("BuilderFlag", flags)
@@ -530,7 +569,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
     ]
     module.TacticSource = IntNames({name: index for index, name in enumerate(sources)})
     module.TensorFormat = SimpleNamespace(LINEAR=0)
-    module.DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF")
+    module.DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF", INT32="INT32")
     return module
 
 

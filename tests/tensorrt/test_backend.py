@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from fake_gpu import Gpu, installed
+from onnx import helper
 
 from relay_attention.errors import BackendError, ExportError, RelayError
 from relay_attention.runtime.artifact import Artifact
@@ -423,16 +426,8 @@ def test_what_tensorrt_is_asked_to_build(gpu: Gpu, artifact: Path) -> None:
         [6, 2, capacity, 8],
         [12, 2, capacity, 8],
     ]
-    forced = {layer.name for layer in network.layers if layer.precision is not None}
-    assert bool(forced) == (not typed)
-    if not typed:
-        assert {name.split("_")[0] for name in forced} <= {
-            "MatMul",
-            "Add",
-            "Tanh",
-            "GatherElements",
-            "logits",
-        }
+    pinned = {layer.name.split("_")[0] for layer in network.layers if layer.precision is not None}
+    assert pinned == (set() if typed else {"MatMul", "Add", "Tanh", "logits"})
     assert not list(plan.parent.glob("*.part"))
 
 
@@ -579,3 +574,73 @@ def test_exported_for_tensorrt(huggingface: Path, gpu: Gpu, tmp_path: Path) -> N
     Pair(load(folder), reference(folder), max_batch=2).step(0, [0, 0], [3, 4])
     assert gpu.refits
     assert build(folder) == plan
+
+
+def pinned_types(network: Any) -> dict[str, Any]:
+    """What each layer's tensor is pinned to, and its precision with it."""
+    for layer in network.layers:
+        assert layer.output_types in ({}, {0: layer.precision}) or layer.output.is_network_output, layer.name
+    return {layer.output.name: layer.precision for layer in network.layers}
+
+
+def test_layers_have_the_graphs_types(huggingface: Path, gpu: Gpu, tmp_path: Path) -> None:
+    """As exported: linear layers and activations in float16, norms in float32; what moves data is left."""
+    folder = copied(huggingface, tmp_path / "out")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    build(folder)
+    pinned = pinned_types(gpu.network)  # type: ignore[attr-defined]
+    float32, seen = ("Pow", "ReduceMean", "Sqrt", "Div"), set()
+    for node in graph.node:
+        found = pinned[node.output[0]]
+        seen.add((node.op_type, found))
+        if node.op_type in ("MatMul", "Sigmoid", "Mul"):
+            assert found == "HALF", node.name
+        elif node.op_type in float32:
+            assert found == "FLOAT", node.name
+        elif node.op_type == "Add":
+            assert found == {1: "FLOAT", 10: "HALF"}[types[node.output[0]]], node.name
+        else:
+            assert found is None, node.name
+    assert {("MatMul", "HALF"), ("Sigmoid", "HALF"), ("Add", "HALF"), ("Add", "FLOAT")} <= seen
+    assert {(name, "FLOAT") for name in float32} <= seen
+    assert {("Cast", None), ("Gather", None), ("RelayAttention", None), ("Sub", None)} <= seen
+    computing = {layer.output.name for layer in gpu.network.layers if layer.precision}  # type: ignore[attr-defined]
+    assert computing <= {name for node in graph.node for name in node.output}, "a constant is pinned"
+
+
+def test_every_layer_of_a_node_is_pinned(gpu: Gpu) -> None:
+    """Those without a name too; types that the graph does not state come from the operands; an output of the
+    network keeps its own."""
+    import tensorrt
+
+    from relay_attention.export import build as module
+
+    half, whole = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64
+    nodes = [
+        ("Gemm", ["x", "w", "b"], "y"), ("Expand", ["y", "n"], "e"), ("Tanh", ["e"], "t"),
+        ("Add", ["n", "n"], "m"), ("Cast", ["t"], "f"), ("Sqrt", ["f"], "out"),
+    ]  # fmt: skip
+    made = [
+        helper.make_node(kind, inputs, [output], name=kind, **({"to": 1} if kind == "Cast" else {}))
+        for kind, inputs, output in nodes
+    ]
+    inputs = [helper.make_tensor_value_info(name, kind, [2, 2]) for name, kind in (("x", half), ("n", whole))]
+    weights = [helper.make_tensor(name, half, [2, 2], [1.0] * 4) for name in ("w", "b")]
+    outputs = [helper.make_tensor_value_info("out", 1, [2, 2])]
+    model = helper.make_model(helper.make_graph(made, "g", inputs, outputs, weights))
+    network = tensorrt.Builder(None).create_network(0)
+    network.layers = tensorrt.layers_of(model.graph)
+    network.num_layers = len(network.layers)
+    module._pin_types(tensorrt, network, ir.from_proto(model))
+    pinned = [(layer.type.name, layer.precision) for layer in network.layers if layer.precision]
+    assert pinned == [
+        ("MATRIX_MULTIPLY", "HALF"), ("ELEMENTWISE", "HALF"), ("ACTIVATION", "HALF"), ("UNARY", "FLOAT")
+    ]  # fmt: skip
+    assert pinned_types(network)["out"] == "FLOAT"
+    assert not network.layers[-1].output_types, "the type of the network's output"
+    model.graph.node[0].output[0] = "y of int8"
+    model.graph.value_info.append(helper.make_tensor_value_info("y of int8", onnx.TensorProto.INT8, [2, 2]))
+    network.layers = tensorrt.layers_of(model.graph)
+    with pytest.raises(ExportError, match="Gemm: the graph has y of int8 as INT8"):
+        module._pin_types(tensorrt, network, ir.from_proto(model))
