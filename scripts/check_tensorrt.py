@@ -115,8 +115,12 @@ def build(work: Path, name: str, level: int | None, **options: Any) -> str:
         path = build_engine(work / name, chosen)
     seconds = time.monotonic() - start
     text = log.read_text("utf-8")
-    for line in [*slowest(text), in_float32(text)]:
+    for line in slowest(text):
         print(f"{NOTE}{name}: {line}", flush=True)
+    if linear := linear_layers(text):  # a row of its own: the plan is there, whatever its types
+        row(f"{name}: linear layers run in float16")(lambda: in_float16(linear))
+    else:
+        print(f"{NOTE}{name}: the builder's log does not say in what types linear layers run", flush=True)
     built_at(work, name).write_text(str(level))
     shown = "its own level" if level is None else f"level {level}"
     before = f"timing cache of {cached / 1e3:.0f} kB before" if cached else "no timing cache before"
@@ -153,10 +157,18 @@ def slowest(log: str, count: int = 6) -> list[str]:
     ]
 
 
-def in_float32(log: str) -> str:
-    """Without typed networks TensorRT chooses a linear layer's type where `build` does not pin it."""
-    layers = re.findall(r"Layer\(\w*(?:Conv|Gemm|MatrixMultiply|FullyConnected)\w*\): (.*)", log)
-    return f"{sum('(Float[' in layer for layer in layers)} of {len(layers)} linear layers are in float32"
+def linear_layers(log: str) -> list[str]:
+    """Of a plan's layers, as 8.6 lists them ("Layer(Kind): name, Tactic: 0x1, x (Half[..]) -> y (Half[..])"),
+    those that are one product of matrices, or several side by side. Not seen: those in what Myelin compiles
+    as a whole, whose line has the types at its borders only."""
+    return re.findall(r"^Layer\(\w*(?:Conv|Gemm|MatrixMultiply|FullyConnected)\w*\): (.*)", log, re.MULTILINE)
+
+
+def in_float16(layers: list[str]) -> str:
+    """The artifacts here have no product in float32."""
+    wide = [layer.split(",")[0] for layer in layers if "(Float[" in layer]
+    assert not wide, f"{len(wide)} of {len(layers)} take or give float32: {', '.join(wide[:3])}"
+    return f"{len(layers)} layers, both profiles together"
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -486,57 +498,54 @@ def step_refused(work: Path) -> None:
 
 
 def step_no_cudnn(work: Path, level: int | None) -> None:
-    """Built and decoded where cuDNN and cuBLAS cannot be found: are they needed?"""
+    """Built and decoded with nothing behind cuDNN's and cuBLAS' names: see `without_libraries`."""
+    sys.setdlopenflags(os.RTLD_LAZY)  # or Python has every function of them looked up on import
 
     @row("short: built and decoded without cuDNN and cuBLAS")
     def _() -> str:
-        text = build(work, "short", level)
-        mapped = Path("/proc/self/maps").read_text()
-        loaded = {part for part in ("libcudnn", "libcublas") if part in mapped}
-        return f"{text}; {same(work / 'short')}; loaded: {sorted(loaded) or 'neither'}"
+        text = f"{build(work, 'short', level)}; {same(work / 'short')}"
+        found = mapped_libraries()
+        assert not found, f"{', '.join(found)} loaded nevertheless; {text}"
+        return f"{text}; neither is loaded"
+
+
+def without_libraries(folder: Path) -> dict[str, str]:
+    """The environment in which a process that asks for cuDNN or cuBLAS gets a library without its functions.
+
+    Leaving their folders out is not enough: libnvinfer_plugin.so.8, which TensorRT 8.6's Python package
+    needs, is linked to all three: without them it does not load, and it finds them by a path of its own,
+    nvidia/*/lib beside it. LD_LIBRARY_PATH comes before that one. A call of their functions ends the process.
+    """
+    import _ctypes  # a library that is in the process anyway and has no versions the linker would compare
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("libcudnn.so.8", "libcublas.so.12", "libcublasLt.so.12"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(Path(_ctypes.__file__).resolve())
+    before = [part for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part]
+    others = [part for part in before if "cudnn" not in part and "cublas" not in part]
+    return {"LD_LIBRARY_PATH": ":".join([str(folder.resolve()), *others])}
+
+
+def mapped_libraries() -> list[str]:
+    """Files of cuDNN and cuBLAS in this process."""
+    paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    names = {Path(path).name for path in paths if path.startswith("/")}
+    return sorted(name for name in names if name.startswith(("libcudnn", "libcublas")))
 
 
 def step_levels(work: Path) -> None:
-    """What a build costs by level, without a timing cache and with one that has seen the same layers; and
-    with arithmetic pinned to the graph's float16, which leaves TensorRT fewer formats to time."""
-    from relay_attention.export import build as module
-
-    keep_float32 = module._keep_float32
-    for level, pinned in ((1, False), (1, True), (0, False), (2, False), (3, False)):
-        cache = work / f"levels-{level}{'-pinned' * pinned}.cache"
-        module._keep_float32 = _pin_all(keep_float32) if pinned else keep_float32
+    """What a build costs by level, without a timing cache and with one that has seen the same layers."""
+    for level in (1, 0, 2, 3):
+        cache = work / f"levels-{level}.cache"
         for state in ("cold", "warm"):
 
-            @row(f"small: build, level {level}{', all pinned' * pinned}, timing cache {state}")
+            @row(f"small: build, level {level}, timing cache {state}")
             def _() -> str:
                 text = build(work, "small", level, timing_cache=cache, force=True)  # noqa: B023
                 return f"{text}; {same(work / 'small')}"
 
-    module._keep_float32 = keep_float32
     built_at(work, "small").unlink(missing_ok=True)  # whatever is there now is not what `build:small` makes
-
-
-def _pin_all(keep_float32: Callable[..., None]) -> Callable[..., None]:
-    """build's `_keep_float32`, and the same for arithmetic that is float16 in the graph."""
-
-    def pin(trt: Any, network: Any, model: Any) -> None:
-        import onnx_ir
-
-        arithmetic = ("MATRIX_MULTIPLY", "FULLY_CONNECTED", "CONVOLUTION", "ELEMENTWISE")
-        kinds = {getattr(trt.LayerType, name, None) for name in arithmetic}
-        halves = {
-            node.name
-            for node in model.graph
-            if node.op_type != "Cast" and all(v.dtype == onnx_ir.DataType.FLOAT16 for v in node.outputs)
-        }
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            if layer.type in kinds and layer.name in halves:
-                layer.precision = trt.DataType.HALF
-                layer.set_output_type(0, trt.DataType.HALF)
-        keep_float32(trt, network, model)
-
-    return pin
 
 
 def _replace(plan: Path, content: bytes, info: Any) -> None:
@@ -585,14 +594,16 @@ class Step:
     uses: tuple[str, ...] = ()
     made: Path | None = None
     content: str | None = None
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Callable[[], dict[str, str]] = dict
     rows: list[str] = field(default_factory=list)
     state: str = "not run"
     timed_out: bool = False
 
     def run(self, deadline: float, log: Path) -> None:
         """Prints its rows as they come; one that gives none, or dies, has the row FAIL."""
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_MODULE_LOADING": "LAZY"} | self.environment
+        environment = (
+            os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_MODULE_LOADING": "LAZY"} | self.environment()
+        )
         seconds = min(self.limit, deadline - time.monotonic())
         process = subprocess.Popen(
             self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -666,13 +677,10 @@ def plan_steps(work: Path, peer: str | None, level: int) -> tuple[list[Step], li
         first.append(Step("fill", [*script, "fill", *folders], 20, 120))
         timing = [*script, "time", "onnxruntime-cuda", folders[1], str(work / "peer.npz")]
         then += [
-            own("build:large", 60, 300, "fill"),
+            own("build:large", 60, 450, "fill"),
             Step("peer", timing, 30, 100, ("fill",), made=work / "peer.npz"),
-            own("large", 30, 90, "build:large", uses=("peer",)),
+            own("large", 30, 150, "build:large", uses=("peer",)),
         ]
-    found = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    others = [part for part in found if "cudnn" not in part and "cublas" not in part]
-    without = {"LD_LIBRARY_PATH": ":".join(others)}
     then += [
         own("build:input", 60, 300),
         own("bind", 10, 60, "build:input"),
@@ -680,7 +688,7 @@ def plan_steps(work: Path, peer: str | None, level: int) -> tuple[list[Step], li
         own("agree:small", 10, 90, "build:small"),
         own("refit", 10, 60, "build:small"),
         own("refused", 15, 60, "build:small"),
-        own("no_cudnn", 20, 300, environment=without),
+        own("no_cudnn", 20, 300, environment=lambda: without_libraries(work / "without")),
         own("build:demo", 60, 300),
         own("demo", 15, 60, "build:demo"),
     ]

@@ -4,6 +4,8 @@ right, fail where it is wrong, and one that dies does not stop the others. It sa
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +49,9 @@ def work(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(large_model, name, value)
     monkeypatch.setattr(check_tensorrt, "PROMPTS", check_tensorrt.PROMPTS[:6])
     monkeypatch.setattr(check_tensorrt, "TIE", 5e-3)
+    monkeypatch.setattr(
+        check_tensorrt, "mapped_libraries", list
+    )  # torch may have loaded them in this process
 
     def in_this_process(command: list[str], **options: Any) -> Any:
         """The fakes are here only."""
@@ -183,13 +188,93 @@ def test_slowest() -> None:
     ]
 
 
-def test_in_float32() -> None:
-    log = """TensorRT  199.761 s: Engine Layer Information:
+LAYERS = """TensorRT  199.761 s: Engine Layer Information:
 Layer(CaskGemmConvolution): a, Tactic: 0x1, x (Half[-1,256:8,1,1]) -> y (Half[-1,256:8,1,1])
-Layer(CaskConvolution): b || c, Tactic: 0x2, x (Float[-1,256:4,1,1]) -> y (Float[-1,1024:4,1,1])
+{}
 Layer(MyelinReformat): d, Tactic: 0x0, x (Half[-1,1,256]) -> y (Float[-1,1,256])
+Layer(Reduce): mean, Tactic: 0x0, x (Float[-1,1,256]) -> y (Float[-1,1,1])
+TensorRT  199.762 s: Timing Runner: e (CaskConvolution): Float(256,1) -> Float(256,1)
 """
-    assert check_tensorrt.in_float32(log) == "1 of 2 linear layers are in float32"
+
+
+@pytest.mark.parametrize(
+    "types", [("Float", "Float"), ("Half", "Float"), ("Float", "Half"), ("Half", "Half")]
+)
+def test_linear_layers_in_float32_fail(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, types: tuple[str, str]
+) -> None:
+    """A row of their own, before the build's: that the plan is there is what later steps need."""
+    from relay_attention.export import build as module
+
+    line = "Layer(CaskConvolution): b || c, Tactic: 0x2, x ({}[-1,256:4,1,1]) -> y ({}[-1,1024:4,1,1])"
+    build = module.build_engine
+
+    def logged(*arguments: Any) -> Path:
+        print(LAYERS.format(line.format(*types)))
+        return build(*arguments)
+
+    monkeypatch.setattr(module, "build_engine", logged)
+    check_tensorrt.run_step("build:small", work, 1)
+    linear, built = rows(capsys)
+    assert built.startswith(f"{OK}  small: build")
+    if types == ("Half", "Half"):
+        assert linear.startswith(f"{OK}  small: linear layers run in float16: 2 layers")
+    else:
+        assert linear.startswith(FAIL)
+        assert "1 of 2 take or give float32: b || c" in linear
+
+
+def test_libraries_that_are_loaded_fail(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_tensorrt, "mapped_libraries", lambda: ["libcublas.so.12"])
+    check_tensorrt.run_step("no_cudnn", work, 1)
+    (found,) = rows(capsys)
+    assert found.startswith(FAIL)
+    assert "libcublas.so.12 loaded nevertheless" in found
+
+
+def test_libraries_are_hidden(tmp_path: Path) -> None:
+    """The linker takes the stand-in for a library that is needed, and its functions are not there; without it
+    the library is found where its user says, and seen among what is mapped."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "cudnn.c").write_text("int cudnnCreate(void) { return 7; }")
+    (tmp_path / "user.c").write_text("int cudnnCreate(void); int create(void) { return cudnnCreate(); }")
+    library, user = real / "libcudnn.so.8", tmp_path / "user.so"
+    shared = [compiler, "-shared", "-fPIC"]
+    subprocess.run([*shared, f"{tmp_path}/cudnn.c", "-Wl,-soname,libcudnn.so.8", "-o", library], check=True)
+    linked = [f"-Wl,-z,lazy,-rpath,{real}", "-o", user]
+    subprocess.run([*shared, f"{tmp_path}/user.c", library, *linked], check=True)
+    code = (
+        "import ctypes, os, sys, check_tensorrt as check;"
+        f"user = ctypes._dlopen({str(user)!r}, os.RTLD_LAZY);"
+        "print(check.mapped_libraries(), flush=True);"
+        "print(ctypes.CDLL(None, handle=user).create())"
+    )
+    hidden = check_tensorrt.without_libraries(tmp_path / "without")
+    path = os.pathsep.join([str(Path(check_tensorrt.__file__).parent), *filter(None, sys.path)])
+    found = {
+        state: subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path} | more,
+            capture_output=True, text=True, check=False,
+        )
+        for state, more in (("seen", {}), ("hidden", hidden))
+    }  # fmt: skip
+    assert found["seen"].stdout == "['libcudnn.so.8']\n7\n", found["seen"].stderr
+    assert found["hidden"].stdout == "[]\n"
+    assert "cudnnCreate" in found["hidden"].stderr
+
+
+def test_path_without_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/py310/lib:/site/nvidia/cublas/lib:/site/nvidia/cudnn/lib:")
+    hidden = check_tensorrt.without_libraries(tmp_path)["LD_LIBRARY_PATH"]
+    assert hidden == f"{tmp_path}:/py310/lib"
+    assert check_tensorrt.without_libraries(tmp_path)["LD_LIBRARY_PATH"] == hidden, "twice"
+    _, then = check_tensorrt.plan_steps(tmp_path, None, 1)
+    (step,) = [step for step in then if step.name == "no_cudnn"]
+    assert step.environment() == {"LD_LIBRARY_PATH": f"{tmp_path / 'without'}:/py310/lib"}
 
 
 def test_order(work: Path) -> None:
@@ -247,49 +332,12 @@ def test_only_runs_no_other(work: Path, capsys: pytest.CaptureFixture[str], monk
     assert "built: there from before" in out
 
 
-def test_pin_all() -> None:
-    """float16 arithmetic to float16; casts, shapes and float32 are left to build's own function."""
-    import onnx_ir as ir
-
-    half, single = (ir.Value(name=name, type=ir.TensorType(dtype)) for name, dtype in
-                    (("h", ir.DataType.FLOAT16), ("s", ir.DataType.FLOAT)))  # fmt: skip
-    graph = [
-        SimpleNamespace(name=name, op_type=op_type, outputs=[value])
-        for name, op_type, value in (
-            ("mm", "MatMul", half), ("mean", "Mul", single), ("cast", "Cast", half),
-            ("turn", "Reshape", half),
-        )
-    ]  # fmt: skip
-    types: dict[str, tuple[str, Any]] = {
-        "mm": ("MATRIX_MULTIPLY", half), "mean": ("ELEMENTWISE", single),
-        "cast": ("ELEMENTWISE", half), "turn": ("SHUFFLE", half),
-    }  # fmt: skip
-    pinned: dict[str, str] = {}
-    layers = [
-        SimpleNamespace(
-            name=name, type=kind, precision=None,
-            set_output_type=lambda _, dtype, name=name: pinned.update({name: dtype}),
-        )
-        for name, (kind, _) in types.items()
-    ]  # fmt: skip
-    names = ("MATRIX_MULTIPLY", "ELEMENTWISE", "SHUFFLE")
-    trt = SimpleNamespace(
-        LayerType=SimpleNamespace(**{name: name for name in names}), DataType=SimpleNamespace(HALF="half")
-    )
-    network = SimpleNamespace(num_layers=len(layers), get_layer=lambda index: layers[index])
-    called = []
-    check_tensorrt._pin_all(lambda *_: called.append(1))(trt, network, SimpleNamespace(graph=graph))
-    assert pinned == {"mm": "half"}
-    assert [layer.precision for layer in layers] == ["half", None, None, None]
-    assert called
-
-
 def test_levels(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its engines are right, and do not pass for `build:small`'s."""
     check_tensorrt.run_step("build:small", work, 1)
     check_tensorrt.run_step("levels", work, None)
     found = rows(capsys)
-    assert len(found) == 11
+    assert len(found) == 9
     assert not [line for line in found if line.startswith(FAIL)]
     assert "no timing cache before" in found[1]
     assert "kB before" in found[2]

@@ -8,6 +8,8 @@ RELAY_ATTENTION_TENSORRT_LIBRARY, or TensorRT's headers to build it against the 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,12 @@ NAMES = {
     "MemoryPoolType": "WORKSPACE",
     "TensorFormat": "LINEAR",
     "DataType": "FLOAT",
-    "LayerType": "CAST CONSTANT SHAPE SHUFFLE GATHER CONCATENATION SLICE PLUGIN_V2",
+    "LayerType": "CAST IDENTITY CONSTANT SHAPE SHUFFLE GATHER CONCATENATION SLICE PLUGIN_V2 MATRIX_MULTIPLY",
 }
 if MAJOR < 10:  # networks are not typed
     NAMES["ILayer"] += " precision set_output_type"
+    NAMES["ITensor"] += " dtype is_network_output"
+    NAMES["DataType"] += " HALF"
     NAMES["BuilderFlag"] += " FP16 OBEY_PRECISION_CONSTRAINTS"
     NAMES["NetworkDefinitionCreationFlag"] = "EXPLICIT_BATCH"
 
@@ -66,6 +70,32 @@ def test_logger_can_be_subclassed() -> None:
             assert severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR)
 
     assert Logger()
+
+
+@pytest.mark.skipif(MAJOR >= 10, reason="TensorRT 10's Python package is not linked to them")
+def test_imported_without_cudnn_and_cublas(tmp_path: Path) -> None:
+    """The check's step without them: TensorRT loads, what stands in for them with it, and the plugin."""
+    scripts = str(Path(__file__).parents[2] / "scripts")
+    code = (
+        f"import os, sys; sys.path.insert(0, {scripts!r}); from pathlib import Path;"
+        "import check_tensorrt as check;"
+        "lazy = len(sys.argv) > 1 and sys.setdlopenflags(os.RTLD_LAZY);"
+        "import tensorrt; library = os.environ.get('RELAY_ATTENTION_TENSORRT_LIBRARY');"
+        "assert not library or tensorrt.get_plugin_registry().load_library(library);"
+        "print(check.mapped_libraries())"
+    )
+    sys.path.insert(0, scripts)
+    try:
+        from check_tensorrt import without_libraries
+    finally:
+        sys.path.remove(scripts)
+    hidden = os.environ | without_libraries(tmp_path / "without")
+    command = [sys.executable, "-c", code]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "libcublas.so.12" in seen.stdout
+    assert "libcudnn.so.8" in seen.stdout
+    done = subprocess.run([*command, "lazy"], capture_output=True, text=True, check=False, env=hidden)
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.fixture(scope="module")
