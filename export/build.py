@@ -41,7 +41,9 @@ class BuildOptions:
     """What an engine is built for.
 
     max_batch, opt_batch: requests that decode together, at most and as tuned for (None: a quarter of it).
-    prefill_batch, chunk: rows and tokens of one prefill call; longer prompts go in several calls.
+    prefill_batch, chunk: rows and tokens of one prefill call; longer prompts go in several calls. With a
+        chunk of 1 the plan has no profile for prefill: prompts go token by token through decode's, with up to
+        max_batch rows.
     max_context: tokens of one request beside the prefix; None for the artifact's.
     max_prefix: tokens of an input prefix; None for the artifact's.
     workspace: bytes that TensorRT may use for scratch, None for its own choice.
@@ -142,13 +144,14 @@ def _info(artifact: Artifact, box: Box, library: Path, options: BuildOptions) ->
     manifest, static = artifact.manifest, artifact.manifest.prefix.mode == "static"
     most = options.max_batch
     chunk = min(options.chunk, _max_context(manifest, options))
-    prefill = min(options.prefill_batch, most)
+    decode = Profile((1, options.opt_batch or max(most // 4, 1), most), (1, 1, 1))
+    prefill = Profile((1, 1, min(options.prefill_batch, most)), (1, chunk, chunk))
     return EngineInfo(
         box=box,
         model=model_hash(manifest),
         dtype=manifest.dtype,
-        decode=Profile((1, options.opt_batch or max(most // 4, 1), most), (1, 1, 1)),
-        prefill=Profile((1, 1, prefill), (1, chunk, chunk)),
+        decode=decode,
+        prefill=prefill if chunk > 1 else decode,
         max_context=cache_capacity(manifest, _max_context(manifest, options)),
         prefix_mode=manifest.prefix.mode,
         prefix_length=_max_prefix(manifest, options),
@@ -225,7 +228,7 @@ def _build(
         _alias(trt, config)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    for profile in (info.decode, info.prefill):
+    for profile in info.profiles:
         _add_profile(builder, config, artifact.manifest, info, profile)
 
     timing_cache = options.timing_cache or timing_cache

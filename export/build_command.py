@@ -18,8 +18,8 @@ def add_build_command(subparsers: Any) -> None:
     sizes = (
         ("--max-batch", 64, "requests that decode together, at most"),
         ("--opt-batch", None, "requests that the decode kernels are chosen for (a quarter of --max-batch)"),
-        ("--prefill-batch", 8, "rows of one prefill call"),
-        ("--chunk", 512, "tokens of one prefill call; longer prompts go in several"),
+        ("--prefill-batch", 8, "rows of one prefill call, if --chunk is not 1"),
+        ("--chunk", 512, "tokens of one prefill call; 1: the plan decodes only, prompts go token by token"),
         ("--max-context", None, "tokens of one request beside the system prompt (the artifact's)"),
         ("--max-prefix", None, "tokens of a system prompt that is an input (the artifact's)"),
         ("--workspace", None, "MiB of scratch that TensorRT may use (its own choice)"),

@@ -56,10 +56,11 @@ class Profile:
 class EngineInfo:
     """The JSON beside a plan.
 
-    model: `model_hash` of the artifact. prefix_length: tokens of the prefix that the plan was built for, the
-    largest with an input prefix. prefix_tokens: token hash of the prefix inside the plan, "" with an input
-    prefix. refit: whether the prefix inside can be replaced by one of the same length. max_context: largest
-    cache of a request. plugin: file name of the plugin's library.
+    prefill: equal to decode where the plan has no other profile; prompts then go token by token. model:
+    `model_hash` of the artifact. prefix_length: tokens of the prefix that the plan was built for, the largest
+    with an input prefix. prefix_tokens: token hash of the prefix inside the plan, "" with an input prefix.
+    refit: whether the prefix inside can be replaced by one of the same length. max_context: largest cache of
+    a request. plugin: file name of the plugin's library.
     """
 
     box: Box
@@ -74,6 +75,11 @@ class EngineInfo:
     refit: bool
     plugin: str
     plan: FileEntry
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The plan's optimization profiles, in its order: decode, and prefill if it is another."""
+        return (self.decode,) if self.prefill == self.decode else (self.decode, self.prefill)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}

@@ -1,7 +1,7 @@
 """TensorRT on an NVIDIA GPU. The only file of the runtime that knows tensorrt; no torch.
 
 The caches are device buffers made once and bound as past and present at the same address, so that the plugin
-appends in place; a step on rows i..j binds the addresses of those rows. Decode steps of rows 0..n-1 are
+appends in place; a step on rows i..j binds the addresses of those rows. Calls of one token of rows 0..n-1 are
 padded with idle rows to a bucket size and replayed as one CUDA graph; everything else is enqueued as it is.
 """
 
@@ -24,13 +24,7 @@ from relay_attention.plugins.schema import DOMAIN, OP_TYPE, PLUGIN_VERSION
 from relay_attention.runtime import cuda
 from relay_attention.runtime.artifact import Artifact, Manifest, PrefixFile
 from relay_attention.runtime.backend import Int32, batch_bucket
-from relay_attention.runtime.engine import (
-    ADDRESS_ALIGNMENT,
-    Box,
-    Profile,
-    cache_capacity,
-    find_engine,
-)
+from relay_attention.runtime.engine import ADDRESS_ALIGNMENT, Box, cache_capacity, find_engine
 
 try:
     import tensorrt
@@ -42,7 +36,7 @@ except ImportError as error:
 
 Array = npt.NDArray[Any]
 LIBRARY_VARIABLE = "RELAY_ATTENTION_TENSORRT_LIBRARY"
-DECODE, PREFILL = 0, 1  # indices of the engine's profiles
+DECODE, PREFILL = 0, -1  # indices of the engine's profiles, which may be one
 _RESERVE = 256 << 20  # bytes of device memory left to TensorRT's and CUDA's own needs
 
 
@@ -133,7 +127,6 @@ class _Context:
     """An execution context of one profile, and what is bound in it."""
 
     execution: Any
-    profile: Profile
     shape: tuple[int, int] = (0, 0)  # rows, sequence
     first_row: int = -1
     addresses: dict[str, int] = field(default_factory=dict)
@@ -186,7 +179,7 @@ class TensorRTBackend:
             and self._info.prefix_tokens != self._manifest.prefix.token_sha256
         ):
             refit_prefix(self._engine, self._logger, self._manifest, artifact.prefix)
-        self._contexts = [self._context(index) for index in (DECODE, PREFILL)]
+        self._contexts = [self._context(index) for index in range(len(self._info.profiles))]
         if self._manifest.prefix.mode == "input":
             self.set_prefix(artifact.prefix)
 
@@ -208,12 +201,11 @@ class TensorRTBackend:
         sizes = [max_batch * heads * capacity * dim * self._dtype.itemsize for heads, dim in geometry.layers]
         self._caches = [cuda.DeviceBuffer(size, zero=True) for size in sizes for _ in range(2)]
         self._max_batch, self._capacity = max_batch, capacity
-        rows = max(max_batch, info.prefill.batch[2])
-        tokens = max(rows, info.prefill.batch[2] * info.prefill.sequence[2])
-        staged = (tokens + 2 * rows) * 4 + 3 * ADDRESS_ALIGNMENT
+        tokens = max(max_batch, min(max_batch, info.prefill.batch[2]) * info.prefill.sequence[2])
+        staged = (tokens + 2 * max_batch) * 4 + 3 * ADDRESS_ALIGNMENT
         self._staging = cuda.PinnedArray(staged // 4, np.int32)
         self._lengths_and_ids = cuda.DeviceBuffer(staged)
-        logits_rows = rows if self._manifest.logits == "last" else tokens
+        logits_rows = max_batch if self._manifest.logits == "last" else tokens
         self._logits = cuda.DeviceBuffer(logits_rows * geometry.vocab_size * 4)
         self._host_logits = cuda.PinnedArray(max_batch * geometry.vocab_size, np.float32)
         self._host_logits.array[:] = 0.0  # idle rows are never written
@@ -229,7 +221,8 @@ class TensorRTBackend:
         logits = self._host_logits.array[: rows * self._manifest.geometry.vocab_size].reshape(rows, -1)
         try:
             if sequence == 1:
-                self._decode(first_row, input_ids, context_lens, query_lens, logits)
+                self._call(first_row, input_ids, context_lens, query_lens)
+                self._stream.download(logits, self._logits.address)
             else:
                 self._prefill(first_row, input_ids, context_lens, query_lens, logits)
             self._stream.synchronize()
@@ -323,36 +316,33 @@ class TensorRTBackend:
         del self._engine, self._runtime
         self._stream.close()
 
-    def _decode(
-        self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32, logits: Array
-    ) -> None:
-        context, rows = self._contexts[DECODE], input_ids.shape[0]
-        bucket = batch_bucket(rows, self._max_batch) if self._use_graphs and first_row == 0 else rows
+    def _call(self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32) -> None:
+        """Enqueues the engine once, for no more rows and tokens than a profile takes."""
+        rows, sequence = input_ids.shape
+        context = self._contexts[DECODE if sequence == 1 else PREFILL]
+        use_graph = self._use_graphs and first_row == 0 and sequence == 1
+        bucket = batch_bucket(rows, self._max_batch) if use_graph else rows
         if bucket > rows:  # idle rows: no query, nothing written
             idle = ((0, bucket - rows), (0, 0))
             input_ids = np.pad(input_ids, idle)
             context_lens, query_lens = (np.pad(lens, idle[0]) for lens in (context_lens, query_lens))
         self._stage(input_ids, context_lens, query_lens)
-        if self._use_graphs and first_row == 0 and bucket in self._graphs:
+        if use_graph and bucket in self._graphs:
             self._graphs[bucket].launch()
         else:
-            self._bind(context, first_row, bucket, 1)
+            self._bind(context, first_row, bucket, sequence)
             self._enqueue(context)
-            if (
-                self._use_graphs and first_row == 0
-            ):  # once without capture, as TensorRT asks after a new shape
+            if use_graph:  # once without capture, as TensorRT asks after a new shape
                 self._stream.synchronize()
                 with self._stream.capture() as capture:
                     self._enqueue(context)
                 assert capture.graph is not None
                 self._graphs[bucket] = capture.graph
-        self._stream.download(logits, self._logits.address)
 
     def _prefill(
         self, first_row: int, input_ids: Int32, context_lens: Int32, query_lens: Int32, logits: Array
     ) -> None:
-        context = self._contexts[PREFILL]
-        most_rows, most_tokens = context.profile.batch[2], context.profile.sequence[2]
+        most_rows, most_tokens = self._info.prefill.batch[2], self._info.prefill.sequence[2]
         rows, sequence = input_ids.shape
         for row in range(0, rows, most_rows):
             part = slice(row, min(row + most_rows, rows))
@@ -363,9 +353,7 @@ class TensorRTBackend:
                 # a row that has ended is idle: its cache is full to its end, its logits were read
                 ids = input_ids[part, start : start + most_tokens]
                 cached = context_lens[part] + np.minimum(query_lens[part], start).astype(np.int32)
-                self._stage(ids, cached, lens)
-                self._bind(context, first_row + row, *ids.shape)
-                self._enqueue(context)
+                self._call(first_row + row, ids, cached, lens)
                 ended = np.flatnonzero((lens > 0) & (query_lens[part] <= start + most_tokens))
                 for index in ended:
                     self._download_row(logits[row + index], int(index), int(lens[index]), ids.shape[1])
@@ -452,7 +440,7 @@ class TensorRTBackend:
         if execution is None or not execution.set_optimization_profile_async(index, self._stream.handle):
             raise BackendError(f"TensorRT could not make an execution context: {self._logger.take()}")
         self._stream.synchronize()
-        return _Context(execution, self._info.decode if index == DECODE else self._info.prefill)
+        return _Context(execution)
 
     def _check_memory(self, max_batch: int, max_context: int) -> None:
         needed = max_batch * max_context * self._manifest.kv_bytes_per_token
@@ -470,11 +458,11 @@ class TensorRTBackend:
     def _check_names(self, path: Path) -> None:
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
         expected = set(io_names(self._manifest))
-        if found != expected or self._engine.num_optimization_profiles != 2:
+        profiles, described = self._engine.num_optimization_profiles, len(self._info.profiles)
+        if found != expected or profiles < described:
             raise BackendError(
                 f"{path}: its tensors do not fit relay.json: missing {sorted(expected - found)}, unknown "
-                f"{sorted(found - expected)}, {self._engine.num_optimization_profiles} profiles: build it "
-                "again"
+                f"{sorted(found - expected)}, {profiles} of {described} profiles: build it again"
             )
 
 

@@ -147,6 +147,101 @@ def test_same_logits_as_onnxruntime(gpu: Gpu, exported: dict[str, Path], tmp_pat
     assert not gpu.pinned
 
 
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("kind", ["static", "input", "all"])
+def test_decode_only(gpu: Gpu, exported: dict[str, Path], tmp_path: Path, kind: str, graph: bool) -> None:
+    """Without a prefill profile prompts go token by token: the logits and caches are those of whole prompts,
+    of rows that end before others and of idle ones too."""
+    folder = copied(exported[kind], tmp_path / "artifact")
+    build(folder, chunk=1)
+    (profile,) = gpu.config.profiles  # type: ignore[attr-defined]
+    assert profile["input_ids"] == [[1, 1], [3, 1], [12, 1]]
+    pair = Pair(load(folder, cuda_graph=graph), reference(folder), max_batch=8)
+    pair.step(0, [0, 0, 0, 0, 0], [5, 1, 9, 0, 7], 12)
+    assert gpu.launches == (["enqueue 8x1"] + ["graph 8x1"] * 8 if graph else ["enqueue 5x1"] * 9)
+    pair.step(0, [5, 1, 9, 0, 7], [1] * 5)
+    pair.step(5, [0, 0], [4, 2])  # beside others, as the scheduler does
+    assert gpu.launches[-4:] == ["enqueue 2x1"] * 4
+    pair.step(0, [6, 2, 10, 1, 8, 4, 2], [1, 1, 3, 0, 1, 2, 1])
+    pair.move(6, 1, 3)
+    pair.step(0, [7, 3], [1, 1])
+    pair.step(1, [4], [20])  # a slot is reused
+    lengths = [8, 24, 13, 1, 9, 6]
+    for row, length in enumerate(lengths):
+        for index, (keys, values) in enumerate(pair.backends[0].read_cache(row, length)):
+            np.testing.assert_array_equal(keys, pair.backends[1]._keys[index][row, :, :length])
+            np.testing.assert_array_equal(values, pair.backends[1]._values[index][row, :, :length])
+    pair.backends[0].close()
+    assert not gpu.memory, "device memory was not freed"
+
+
+def test_one_token_is_decodes(gpu: Gpu, artifact: Path) -> None:
+    """What a prompt leaves for its last call: the decode profile, and its graph."""
+    build(artifact)
+    pair = Pair(load(artifact), reference(artifact), max_batch=4)
+    pair.step(0, [0, 0], [17, 3])
+    pair.step(0, [17, 3], [17, 1])
+    assert gpu.launches == ["enqueue 2x16", "enqueue 2x1", "enqueue 2x16", "graph 2x1"]
+
+
+def test_set_prefix_of_a_plan_that_decodes_only(gpu: Gpu, exported: dict[str, Path], tmp_path: Path) -> None:
+    """Bound and refitted, graphs captured anew; `build` refits a plan of the same profiles only."""
+    for kind, other in (("input", "short input"), ("static", "other")):
+        folder = copied(exported[kind], tmp_path / kind)
+        build(folder, chunk=1)
+        pair = Pair(load(folder), reference(folder), max_batch=4)
+        pair.step(0, [0, 0], [5, 3])
+        prefix = Artifact.open(exported[other]).prefix
+        pair.backends[0].set_prefix(prefix)
+        expected = reference(exported[other])
+        expected.allocate(4, 64)
+        pair.backends = (pair.backends[0], expected)
+        pair.step(0, [0, 0], [5, 3])
+        pair.step(0, [5, 3], [1, 1])
+    folder = copied(exported["other"], tmp_path / "other")
+    shutil.copytree(tmp_path / "static/engine", folder / "engine")
+    del gpu.config  # type: ignore[attr-defined]
+    gpu.refits.clear()
+    build(folder, chunk=1)
+    assert gpu.refits
+    assert not hasattr(gpu, "config"), "TensorRT's builder was used"
+    Pair(load(folder), reference(folder), max_batch=2).step(0, [0, 0], [3, 4])
+    shutil.rmtree(folder / "engine")
+    shutil.copytree(tmp_path / "static/engine", folder / "engine")
+    build(folder)
+    assert len(gpu.config.profiles) == 2, "a plan of other profiles was refitted"  # type: ignore[attr-defined]
+
+
+def test_descriptions_of_profiles(gpu: Gpu, artifact: Path) -> None:
+    """What was described is read again; a description without a profile is damaged; one of more profiles than
+    the plan has is refused; one of fewer, as of a chunk of 1 that was built with two, is decoded."""
+    from relay_attention.runtime.engine import EngineInfo, Profile
+
+    described = build(artifact, chunk=1, max_batch=4).with_suffix(".json")
+    info = EngineInfo.read(described)
+    assert info.profiles == (info.decode,) == (info.prefill,)
+    text = described.read_text()
+    assert json.loads(text) == json.loads(json.dumps(info.to_json()))
+    for wrong in ({}, {"prefill": None}, {"prefill": {"batch": [1, 1], "sequence": [1, 1, 1]}}):
+        data = {name: value for name, value in json.loads(text).items() if name != "prefill"}
+        described.write_text(json.dumps(data | wrong))
+        with pytest.raises(BackendError, match=r"damaged.*build the engine again"):
+            load(artifact)
+    two = replace(info, prefill=Profile((1, 1, 3), (1, 16, 16)))
+    described.write_text(json.dumps(two.to_json()))
+    with pytest.raises(BackendError, match=r"1 of 2 profiles: build it again"):
+        load(artifact)
+    described = build(artifact, force=True).with_suffix(".json")
+    older = described.read_text()  # as descriptions were before
+    assert [*json.loads(older)["prefill"].values()] == [[1, 1, 3], [1, 16, 16]]
+    assert len(EngineInfo.read(described).profiles) == 2
+    pair = Pair(load(artifact), reference(artifact), max_batch=4)
+    pair.step(0, [0, 0], [5, 3])
+    described.write_text(json.dumps(replace(EngineInfo.read(described), prefill=info.decode).to_json()))
+    pair = Pair(load(artifact), reference(artifact), max_batch=4)
+    pair.step(0, [0, 0], [5, 3])
+
+
 def test_without_graphs(gpu: Gpu, artifact: Path) -> None:
     build(artifact)
     pair = Pair(load(artifact, cuda_graph=False), reference(artifact), max_batch=4)
@@ -478,14 +573,14 @@ def test_decoder_end_to_end(gpu: Gpu, artifact: Path, monkeypatch: pytest.Monkey
     from relay_attention.runtime.sampling import SamplingParams
 
     assert "tensorrt" in backends._BACKENDS
-    build(artifact)
     prompts = [[5, 6, 7], [9], list(range(20, 60)), [1, 2]] * 3
     params = SamplingParams(temperature=0.0, max_new_tokens=8)
     answers = []
-    for name in ("tensorrt", "onnxruntime"):
+    for name, chunk in (("tensorrt", 16), ("tensorrt", 1), ("onnxruntime", 16)):
+        build(artifact, chunk=chunk)
         with RelayDecoder.load(artifact, backend=name, max_batch=5, max_context=64) as decoder:
             answers.append([result.token_ids for result in decoder.generate(prompts, params)])
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
     assert any(launch.startswith("graph") for launch in gpu.launches)
 
 
