@@ -81,6 +81,7 @@ def test_steps(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(capsys)
     assert len(found) > 20
     assert not [line for line in found if line.startswith(FAIL)]
+    assert [": decode only: " in line for line in found if ": build: " in line] == [False, False, True]
 
 
 def test_refusals(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
