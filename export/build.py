@@ -19,6 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from relay_attention.errors import BackendError, ExportError
+from relay_attention.export.passes.gather_last_token import LAST_TOKEN
 from relay_attention.export.passes.tensorrt_check import problems
 from relay_attention.runtime.artifact import MODEL_NAME, Artifact, FileEntry, Manifest
 from relay_attention.runtime.engine import (
@@ -218,6 +219,8 @@ def _build(
 
     with _says(progress, "parsing the graph"), _aliasing(options.alias_cache):
         _parse(trt, artifact, network, logger)
+    if len(info.profiles) == 1:
+        _only_token(trt, network)
     if strongly_typed is None:
         config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -273,6 +276,25 @@ def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:
         network.get_input(index).allowed_formats = linear
     for index in range(network.num_outputs):
         network.get_output(index).allowed_formats = linear
+
+
+def _only_token(trt: Any, network: Any) -> None:
+    """Of one token a row the last is no choice: a reshape takes the place of the graph's GatherND.
+
+    TensorRT 8.6 leaves GatherND to Myelin, and with it, it seems, all linear layers after the last plugin.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    for gather in layers:
+        if (gather.name, gather.type) != (LAST_TOKEN, trt.LayerType.GATHER):
+            continue
+        hidden, last = gather.get_input(0), gather.get_output(0)
+        reshape = network.add_shuffle(hidden)
+        reshape.reshape_dims = (-1, hidden.shape[-1])  # [batch, 1, width] -> [batch, width]
+        for layer in layers:
+            for index in range(layer.num_inputs):
+                operand = layer.get_input(index)
+                if operand is not None and operand.name == last.name:
+                    layer.set_input(index, reshape.get_output(0))
 
 
 def _pin_types(trt: Any, network: Any, model: ir.Model) -> None:

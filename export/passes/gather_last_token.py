@@ -9,6 +9,7 @@ from relay_attention.errors import ExportError
 from relay_attention.export.graph import constant, graph_input, graph_output, is_constant
 from relay_attention.runtime.artifact import IoNames
 
+LAST_TOKEN = "last_token/gather"  # name of the node
 _NAMES = IoNames()
 _ELEMENTWISE = {"Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh"}
 _PROJECTIONS = {"MatMul", "MatMulNBits"}
@@ -105,7 +106,7 @@ def _gather(model: ir.Model, record: tape.Tape, hidden: ir.Value) -> ir.Value:
     index = record.op("Sub", [length, one], name="last_token/index")
     index = record.op("Max", [index, zero], name="last_token/index_or_0")
     index = record.op("Unsqueeze", [index, column], name="last_token/index_column")
-    last = record.op("GatherND", [hidden, index], {"batch_dims": 1}, name="last_token/gather")
+    last = record.op("GatherND", [hidden, index], {"batch_dims": 1}, name=LAST_TOKEN)
     last.name = "last_token"
     last.type = hidden.type
     if hidden.shape is not None:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from relay_attention.export.graph import constant, find_nodes, last_dim
+from relay_attention.export.passes.gather_last_token import LAST_TOKEN
 
 
 class GatherOnDevice(ir.passes.InPlacePass):
@@ -42,4 +43,4 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 
 
 def _is_gather(node: ir.Node) -> bool:
-    return bool(node.op_type == "GatherND" and node.name == "last_token/gather")
+    return bool(node.op_type == "GatherND" and node.name == LAST_TOKEN)

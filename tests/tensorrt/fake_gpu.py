@@ -13,7 +13,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -390,6 +390,12 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         def get_layer(self, index: int) -> Any:
             return self.layers[index]
 
+        def add_shuffle(self, tensor: Tensor) -> Layer:
+            name = f"(Unnamed Layer* {len(self.layers)}) [Shuffle]"
+            self.layers.append(Layer(name, "SHUFFLE", Tensor(f"{name}_output", tensor.dtype), [tensor]))
+            self.num_layers += 1
+            return self.layers[-1]
+
     if major >= 10:
         Network.mark_weights_refittable = lambda self, name: self.refittable.append(name) or True  # type: ignore[attr-defined]
 
@@ -419,15 +425,27 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
     class Tensor:
         """Real ones are float32 whatever the graph says, as the log of TensorRT 8.6.0's parser has them."""
 
-        def __init__(self, name: str, dtype: str, graph: onnx.GraphProto):
+        def __init__(self, name: str, dtype: str, graph: onnx.GraphProto | None = None):
             self.name, self.dtype = name, dtype
-            self.is_network_output = name in {value.name for value in graph.output}
+            self.is_network_output = graph is not None and name in {value.name for value in graph.output}
+            shapes = (
+                {} if graph is None else {value.name: value.type.tensor_type for value in graph.value_info}
+            )
+            if name in shapes:
+                self.shape = tuple(dim.dim_value or -1 for dim in shapes[name].shape.dim)
 
     class Layer:
-        def __init__(self, name: str, kind: str, output: Tensor):
+        def __init__(self, name: str, kind: str, output: Tensor, inputs: list[Tensor | None]):
             self.name, self.type, self.num_outputs = name, getattr(LayerType, kind), 1
             self.output, self.precision = output, None
+            self.inputs, self.num_inputs = inputs, len(inputs)
             self.output_types: dict[int, Any] = {}
+
+        def get_input(self, index: int) -> Tensor | None:
+            return self.inputs[index]
+
+        def set_input(self, index: int, tensor: Tensor) -> None:
+            self.inputs[index] = tensor
 
         def get_output(self, index: int) -> Tensor:
             return self.output
@@ -445,9 +463,11 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         weights = {tensor.name for tensor in graph.initializer}
         layers: list[Layer] = []
 
-        def add(name: str, kind: str, dtype: str, output: str = "") -> None:
+        def add(name: str, kind: str, dtype: str, output: str = "", inputs: Sequence[str] = ()) -> None:
             unnamed = f"(Unnamed Layer* {len(layers)}) [{kind.title()}]"
-            layers.append(Layer(name or unnamed, kind, Tensor(output or f"{unnamed}_output", dtype, graph)))
+            made = Tensor(output or f"{unnamed}_output", dtype, graph)
+            operands = [Tensor(name, "FLOAT", graph) if name else None for name in inputs]
+            layers.append(Layer(name or unnamed, kind, made, operands))
 
         for node in graph.node:
             to = [attribute.i for attribute in node.attribute if attribute.name == "to"]
@@ -462,10 +482,10 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             if node.op_type == "Expand":
                 add("", "ELEMENTWISE", "INT32")  # of the two shapes
             if node.op_type == "Gemm":
-                add(node.name, kind, dtype)
+                add(node.name, kind, dtype, inputs=node.input[:2])
                 add("", "ELEMENTWISE", dtype, node.output[0])
             else:
-                add(node.name, kind, dtype, node.output[0])
+                add(node.name, kind, dtype, node.output[0], node.input)
         return layers
 
     class OptimizationProfile(dict):

@@ -671,6 +671,31 @@ def test_exported_for_tensorrt(huggingface: Path, gpu: Gpu, tmp_path: Path) -> N
     assert build(folder) == plan
 
 
+def test_one_token_is_the_last(huggingface: Path, gpu: Gpu, tmp_path: Path) -> None:
+    """A plan that decodes only has a reshape where the graph has GatherND, and all else as it is."""
+    folder = copied(huggingface, tmp_path / "out")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    (gather,) = (node for node in graph.node if node.op_type == "GatherND")
+    (head,) = (node for node in graph.node if gather.output[0] in node.input)
+    for chunk in (16, 1):
+        build(folder, chunk=chunk)
+        network = gpu.network  # type: ignore[attr-defined]
+        operands = {layer.name: [each and each.name for each in layer.inputs] for layer in network.layers}
+        last = network.layers[-1]
+        if chunk == 1:
+            assert (last.type.name, operands[last.name]) == ("SHUFFLE", [gather.input[0]])
+            assert last.reshape_dims == (-1, 64)
+            assert operands[head.name][0] == last.output.name
+            assert not any(gather.output[0] in names for names in operands.values())
+            operands[head.name][0] = gather.output[0]
+        for node in graph.node:
+            assert operands[node.name] == [*node.input][: len(operands[node.name])], node.name
+        assert pinned_types(network)[head.output[0]] == "HALF"
+    pair = Pair(load(folder), reference(folder), max_batch=4)
+    pair.step(0, [0, 0, 0], [4, 1, 7])
+    pair.step(0, [4, 1, 7], [1, 1, 1])
+
+
 def pinned_types(network: Any) -> dict[str, Any]:
     """What each layer's tensor is pinned to, and its precision with it."""
     for layer in network.layers:

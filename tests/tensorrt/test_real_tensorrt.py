@@ -33,13 +33,14 @@ NAMES = {
     "get_tactic_sources get_timing_cache set_flag set_tactic_sources "
     "set_memory_pool_limit "
     "set_preview_feature set_timing_cache",
-    "INetworkDefinition": "get_input get_layer get_output num_inputs num_layers num_outputs",
+    "INetworkDefinition": "add_shuffle get_input get_layer get_output num_inputs num_layers num_outputs",
     "IOptimizationProfile": "set_shape",
     "ITimingCache": "serialize",
     "OnnxParser": "get_error num_errors parse_from_file",
     "ParserError": "desc node",
-    "ITensor": "allowed_formats name",
-    "ILayer": "get_output name num_outputs type",
+    "ITensor": "allowed_formats name shape",
+    "ILayer": "get_input get_output name num_inputs num_outputs set_input type",
+    "IShuffleLayer": "reshape_dims",
     "IPluginRegistry": "load_library",
     "BuilderFlag": "REFIT",
     "MemoryPoolType": "WORKSPACE",
