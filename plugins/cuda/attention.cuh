@@ -586,6 +586,7 @@ class Attention {
   }
 
  public:  // for merge()
+  __device__ __forceinline__ static void exchange(uint32_t&) { synchronize(); }
   __device__ __forceinline__ MergeRow first_merge_row(int, int index, int rows) const {
     return merge_row(a, schedule, *this, index, rows);
   }

@@ -21,6 +21,7 @@ namespace relay::cuda {
 // rows.
 constexpr int kSegments = 4;
 constexpr int kSmallRows = 16;
+constexpr int kFoundAhead = 2;  // segments that are found before one's queries must have arrived
 constexpr int kMergeRows = 32;  // that a block merges first: up to four of each multiplying warp
 
 // A warpgroup's part of a tile, as warps 10 and 11 hand it over.
@@ -39,16 +40,18 @@ struct Segment {
   int unused;
 };
 
-template <class T, int kHeadDim>
+// kWideKeys: keys of a unit of a wide tile, 64 or 128. Of 128 a block waits half as often; but the kernel
+// that has both loops compiles to a slower one of 64.
+template <class T, int kHeadDim, int kWideKeys>
 class HopperAttention {
  public:
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kChunks = kHeadDim / 8;
   static constexpr int kBufferBytes = kBlockKeys * kRowBytes;
-  // A buffer is atoms of 64 rows, each row 128 bytes of a key (64 where head_dim is no multiple of 64).
+  // A buffer is atoms of 64 rows (128 where a unit has so many keys), each row 128 bytes of a key (64 where
+  // head_dim is no multiple of 64).
   static constexpr int kAtomElements = atom_elements(kHeadDim);
   static constexpr int kAtomRowBytes = kAtomElements * 2;
-  static constexpr int kAtomBytes = kBlockKeys * kAtomRowBytes;
   static constexpr int kWorkerRows = 64;
 
   // Shared memory; plan.cpp's hopper_bytes adds up the same. The queries, [2 warpgroups, 64 rows], and the
@@ -58,7 +61,8 @@ class HopperAttention {
   static constexpr int kRowsOffset =
       kSegmentOffset + 2 * kSegments * sizeof(Segment);                       // of queries: 2 x 64 ...
   static constexpr int kFreshOffset = kRowsOffset + 2 * 2 * kWorkerRows * 4;  // ... sources, positions
-  static constexpr int kMergeOffset = kFreshOffset + 2 * kSegments * 2 * kMaxHopperHeadDim * 2;
+  static constexpr int kAnglesOffset = kFreshOffset + 2 * kSegments * 2 * kMaxHopperHeadDim * 2;
+  static constexpr int kMergeOffset = kAnglesOffset + 2 * kSegments * 2 * kMaxHopperHeadDim;
   static constexpr int kArraysOffset = kMergeOffset + kMergeRows * sizeof(MergeRow);
   static constexpr int kQueryBytes = 2 * kBufferBytes;
   static_assert(sizeof(HopperTotals) <= kBarrierOffset && kArraysOffset == kHopperFixedBytes);
@@ -80,10 +84,13 @@ class HopperAttention {
       }
 #pragma unroll 1
       for (int i = 0; i < 2 * kSegments; ++i) {
-        barrier_init(segment_barrier(i, 0), 1);
+        // All lanes that write for others arrive: racecheck does not follow __syncwarp and one lane's
+        // arrival.
+        barrier_init(segment_barrier(i, 0), 32);
         barrier_init(segment_barrier(i, 1), 4);
       }
-      barrier_init(merge_barrier(), 1);
+      barrier_init(merge_barrier(), 32);
+      barrier_init(exchange_barrier(), kHopperConsumers);
       barrier_init_fence();
     }
     // The queries are asked for before keys and values flood the memory, or they would arrive behind them.
@@ -125,6 +132,12 @@ class HopperAttention {
 
   // ---- for merge() ----
   __device__ __forceinline__ static void synchronize() { consumer_barrier(); }
+  // compute-sanitizer's racecheck does not follow a barrier of some of the block's warps.
+  __device__ __forceinline__ static void exchange(uint32_t& turn) {
+    barrier_arrive(exchange_barrier(), 1);
+    barrier_wait(exchange_barrier(), turn);
+    turn ^= 1;
+  }
   __device__ __forceinline__ MergeRow first_merge_row(int number, int, int) const {
     barrier_wait(merge_barrier(), 0);
     return merge_rows()[number];
@@ -169,6 +182,9 @@ class HopperAttention {
   __device__ __forceinline__ static SharedAddress merge_barrier() {
     return segment_barrier(2 * kSegments, 0);
   }
+  __device__ __forceinline__ static SharedAddress exchange_barrier() {
+    return segment_barrier(2 * kSegments, 1);
+  }
   __device__ __forceinline__ static MergeRow* merge_rows() {
     return reinterpret_cast<MergeRow*>(dynamic_shared() + kMergeOffset);
   }
@@ -186,21 +202,27 @@ class HopperAttention {
   __device__ __forceinline__ static SharedAddress fresh_row(int slot) {
     return shared(kFreshOffset) + slot * 2 * kMaxHopperHeadDim * 2;
   }
+  // The cosines of its position, then the sines.
+  __device__ __forceinline__ static SharedAddress fresh_angles(int slot) {
+    return shared(kAnglesOffset) + slot * 2 * kMaxHopperHeadDim;
+  }
   __device__ __forceinline__ SharedAddress query_buffer(int warpgroup) const {
     return shared(a.ring_offset) + warpgroup * kBufferBytes;
   }
-  __device__ __forceinline__ SharedAddress buffer(int stage) const {
-    return shared(a.ring_offset + kQueryBytes) + stage * kBufferBytes;
+  __device__ __forceinline__ SharedAddress buffer(int stage, int keys) const {
+    return shared(a.ring_offset + kQueryBytes) + stage * keys * kRowBytes;
   }
-  // Byte offset of a 16-byte chunk in a buffer of keys, values or queries.
+  // Byte offset of a 16-byte chunk in a buffer of so many keys, values or queries.
+  template <int kRows>
   __device__ __forceinline__ static int chunk_offset(int row, int chunk) {
     constexpr int kAtomChunks = kAtomRowBytes / 16;
     const int swizzle = kAtomChunks == 8 ? row & 7 : row >> 1 & 3;
-    return chunk / kAtomChunks * kAtomBytes + row * kAtomRowBytes + ((chunk % kAtomChunks) ^ swizzle) * 16;
+    return (chunk / kAtomChunks * kRows + row) * kAtomRowBytes + ((chunk % kAtomChunks) ^ swizzle) * 16;
   }
-  // Byte offset of columns 16k..16k+15 in a buffer.
+  // Byte offset of columns 16k..16k+15 in it.
+  template <int kRows>
   __device__ __forceinline__ static constexpr int step_offset(int k) {
-    return k * 16 / kAtomElements * kAtomBytes + k * 16 % kAtomElements * 2;
+    return k * 16 / kAtomElements * kRows * kAtomRowBytes + k * 16 % kAtomElements * 2;
   }
 
   // ---- who does what ----
@@ -236,6 +258,9 @@ class HopperAttention {
            (wide ? 2 * worker + half : 2 * schedule.totals().wide.workers + worker) * kWorkerRows;
   }
 
+  // Keys of a unit, and of a buffer.
+  __device__ __forceinline__ static int unit_keys(bool wide) { return wide ? kWideKeys : kBlockKeys; }
+
   // A ring of buffers, keys and values in turn: one for a wide block, else one for each warpgroup.
   struct Ring {
     int stage;
@@ -248,7 +273,7 @@ class HopperAttention {
   };
   __device__ __forceinline__ Ring ring_of(bool wide, int warpgroup) const {
     const int half = a.depth / 2, begin = wide ? 0 : warpgroup * half;
-    return {begin, 0, begin, wide ? a.depth : begin + half};
+    return {begin, 0, begin, wide ? a.depth / (kWideKeys / kBlockKeys) : begin + half};
   }
 
   // ---- copies: one thread for each warpgroup; for a wide block the first alone ----
@@ -259,18 +284,20 @@ class HopperAttention {
     Ring ring = ring_of(wide, warpgroup), arriving = ring;
     // No more on their way than keep the memory busy: whatever else is read, queries first of all, queues up
     // behind them.
-    int free_to_start = wide ? a.copies_in_flight : max(a.copies_in_flight / 2, 1);
+    const int keys = unit_keys(wide);
+    int free_to_start =
+        wide ? (a.copies_in_flight * kBlockKeys + keys - 1) / keys : max(a.copies_in_flight / 2, 1);
 #pragma unroll 1
     while (walk.unit < walk.end) {
-      const TensorMap* keys = walk.is_context ? &maps.present_key : &maps.prefix_key;
-      const TensorMap* values = walk.is_context ? &maps.present_value : &maps.prefix_value;
+      const TensorMap* key = walk.is_context ? &maps.present_key : &maps.prefix_key;
+      const TensorMap* value = walk.is_context ? &maps.present_value : &maps.prefix_value;
       const int head = walk.is_context ? walk.request * p.kv_num_heads + walk.kv_head : walk.kv_head;
       const int stop = min(walk.end, walk.first_unit + walk.blocks);
-      int row = (walk.block_begin + walk.unit - walk.first_unit) * kBlockKeys;
+      int row = (walk.block_begin + walk.unit - walk.first_unit) * keys;
 #pragma unroll 1
-      for (; walk.unit < stop; ++walk.unit, row += kBlockKeys) {
+      for (; walk.unit < stop; ++walk.unit, row += keys) {
 #pragma unroll 1
-        for (const TensorMap* map : {keys, values}) {
+        for (const TensorMap* map : {key, value}) {
           if (free_to_start > 0) {
             --free_to_start;
           } else {
@@ -278,8 +305,9 @@ class HopperAttention {
             arriving.advance();
           }
           barrier_wait(free_barrier(ring.stage), ring.phase ^ 1);
-          barrier_expect(full_barrier(ring.stage), kBufferBytes);
-          tensor_copy(buffer(ring.stage), map, 0, row, 0, head, full_barrier(ring.stage), walk.is_context);
+          barrier_expect(full_barrier(ring.stage), keys * kRowBytes);
+          tensor_copy(buffer(ring.stage, keys), map, 0, row, 0, head, full_barrier(ring.stage),
+                      walk.is_context);
           ring.advance();
         }
       }
@@ -288,53 +316,111 @@ class HopperAttention {
   }
 
   // ---- tiles and queries, ahead of the warpgroup: one warp for each ----
+  // The copies of a segment's queries are under way while the tiles after it are found.
   __device__ __forceinline__ void find(int warpgroup) const {
     const int lane = threadIdx.x % 32;
     bool wide;
     Walk walk = walk_of(warpgroup, wide);
-    bool before_was_large = false;
+    bool before_was_large = false, ended = false;
+    int handed_over = 0;
 #pragma unroll 1
     for (int number = 0;; ++number) {
-      const int slot = kSegments * warpgroup + number % kSegments;
-      const bool any = walk.unit < walk.end;
-      const Segment s = next_segment(walk, wide, warpgroup);
-      // A large segment needs all rows of the queries, so that no other may be around.
-      const int wait_for = !s.small || before_was_large ? number - 1 : number - kSegments;
+      Segment s;
+      int wait_for = number;
+      if (!ended) {
+        s = next_segment(walk, wide, warpgroup);
+        // A large segment needs all rows of the queries, so that no other may be around.
+        wait_for = !s.small || before_was_large ? number - 1 : number - kSegments;
+        before_was_large = !s.small;
+      }
+      const int handed_over_before = ended ? number : max(number - kFoundAhead, wait_for + 1);
+#pragma unroll 1
+      for (; handed_over < handed_over_before; ++handed_over)
+        hand_over(warpgroup, handed_over, number - 1 - handed_over);
+      if (ended) return;
       if (wait_for >= 0)
         barrier_wait(segment_barrier(kSegments * warpgroup + wait_for % kSegments, 1),
                      wait_for / kSegments & 1);
-      before_was_large = !s.small;
-
-      // The new token of a request while decoding: not in the cache when the copy engine reads that.
-      const bool fresh = any && walk.is_context && !a.appended_before && lane < kChunks;
-      RotaryChunk key;
-      uint4 value;
-      if (fresh) {
-        const int64_t from = (int64_t{walk.request} * p.kv_num_heads + walk.kv_head) * kChunks;
-        const uint4* keys = static_cast<const uint4*>(p.key) + from;
-        rotary.read(key, lane, p.prefix_length + s.last_key, [&](int c) { return keys[c]; });
-        value = static_cast<const uint4*>(p.value)[from + lane];
+      copy_queries(s, warpgroup, number);
+      if (lane == 0) segment(kSegments * warpgroup + number % kSegments) = s;
+      copy_async_commit();
+      ended = s.last;
+      if (!ended) {
+        walk.unit += s.blocks;
+        schedule.next(walk);
       }
-      if (any && s.small) {
-        const int first_row = number % kSegments * kSmallRows;
-        if (lane < s.rows) find_query(s, warpgroup, first_row, lane);
-        __syncwarp();
-        load_queries<2>(warpgroup, first_row, s.rows, lane, 32);
-      }
-      if (fresh) {
-        const SharedAddress target = fresh_row(slot);
-        store_shared_16(target + kMaxHopperHeadDim * 2 + lane * 16, value);
-        rotary.write<T>(key, lane,
-                        [&](int c, const uint4& rotated) { store_shared_16(target + c * 16, rotated); });
-      }
-      if (lane == 0) segment(slot) = s;
-      shared_write_fence();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 1);
-      if (s.last) return;
-      walk.unit += s.blocks;
-      schedule.next(walk);
     }
+  }
+
+  // A segment that has the new token of a request while decoding, which is not in the cache when the copy
+  // engine reads that.
+  __device__ __forceinline__ bool has_fresh(const Segment& s) const {
+    return s.request >= 0 && s.blocks > 0 && !a.appended_before;
+  }
+
+  // Starts the copies of a small segment's queries, and of a new token with its angles.
+  __device__ __forceinline__ void copy_queries(const Segment& s, int warpgroup, int number) const {
+    const int lane = threadIdx.x % 32, slot = kSegments * warpgroup + number % kSegments;
+    if (s.small && s.blocks > 0) {
+      const int first_row = number % kSegments * kSmallRows;
+      if (lane < s.rows) find_query(s, warpgroup, first_row, lane);
+      __syncwarp();
+#pragma unroll 1
+      for (int i = lane; i < s.rows * kChunks; i += 32) {
+        const int row = first_row + i / kChunks, chunk = i % kChunks;
+        const uint4* query =
+            static_cast<const uint4*>(p.query) + int64_t{query_row(warpgroup)[row]} * kChunks;
+        copy_async_16(query_buffer(warpgroup) + chunk_offset<kWorkerRows>(row, chunk), query + chunk, true);
+      }
+    }
+    if (!has_fresh(s)) return;
+    if (lane < kChunks) {
+      const int64_t from = (int64_t{s.request} * p.kv_num_heads + s.kv_head) * kChunks + lane;
+      copy_async_16(fresh_row(slot) + lane * 16, static_cast<const uint4*>(p.key) + from, true);
+      copy_async_16(fresh_row(slot) + kMaxHopperHeadDim * 2 + lane * 16,
+                    static_cast<const uint4*>(p.value) + from, true);
+    }
+    const int angle_chunks = p.rotary_dim / 16;
+    if (lane % 16 < angle_chunks) {
+      const void* angles = lane < 16 ? p.cos_cache : p.sin_cache;
+      copy_async_16(fresh_angles(slot) + lane / 16 * kMaxHopperHeadDim + lane % 16 * 16,
+                    static_cast<const uint4*>(angles) + int64_t{p.prefix_length + s.last_key} * angle_chunks +
+                        lane % 16,
+                    true);
+    }
+  }
+
+  // Rotates what has arrived of a segment; the warpgroup may then begin. later: segments found since.
+  __device__ __forceinline__ void hand_over(int warpgroup, int number, int later) const {
+    const int lane = threadIdx.x % 32, slot = kSegments * warpgroup + number % kSegments;
+    if (later == kFoundAhead)
+      copy_async_wait<kFoundAhead>();
+    else
+      copy_async_wait<0>();
+    __syncwarp();
+    if (p.rotary_dim > 0) {
+      const Segment& s = segment(slot);
+      const bool fresh = has_fresh(s);
+      const int rows = s.small && s.blocks > 0 ? s.rows : 0;
+      const char* angles = dynamic_shared() + (fresh_angles(slot) - shared(0));
+      const Rotary by{fresh ? angles : rotary.cosine, fresh ? angles + kMaxHopperHeadDim : rotary.sine,
+                      rotary.dim, rotary.interleaved};
+#pragma unroll 1
+      for (int i = lane; i < (rows + fresh) * kChunks; i += 32) {  // the new key is the last row
+        const int row = i / kChunks, at = number % kSegments * kSmallRows + row;
+        const auto place = [&](int c) {
+          return row == rows ? fresh_row(slot) + c * 16
+                             : query_buffer(warpgroup) + chunk_offset<kWorkerRows>(at, c);
+        };
+        RotaryChunk x;
+        by.read(x, i % kChunks, fresh ? 0 : query_position(warpgroup)[at],
+                [&](int c) { return load_shared_16(place(c)); });
+        by.template write<T>(x, i % kChunks,
+                             [&](int c, const uint4& rotated) { store_shared_16(place(c), rotated); });
+      }
+    }
+    shared_write_fence();
+    barrier_arrive(segment_barrier(slot, 0), 1);
   }
 
   // From the walk's unit to the end of its tile or of the walk.
@@ -352,7 +438,7 @@ class HopperAttention {
     s.small = walk.is_context && p.sequence * a.group <= kSmallRows;
     s.blocks = max(min(walk.end, walk.first_unit + walk.blocks) - walk.unit, 0);
     s.last = walk.unit + s.blocks >= walk.end;
-    s.first_key = (walk.block_begin + walk.unit - walk.first_unit) * kBlockKeys;
+    s.first_key = (walk.block_begin + walk.unit - walk.first_unit) * unit_keys(wide);
     s.last_key = walk.is_context ? schedule.context_keys(walk.request) - 1 : INT32_MAX;
     s.high = walk.is_context ? -1 : p.prefix_length - 1;
     s.partial =
@@ -383,8 +469,7 @@ class HopperAttention {
     else if (lane < kWarps)
       index = MergeShares<kWarps, 1>(rows).first_row(lane);
     merge_rows()[lane] = merge_row(a, schedule, *this, index, rows);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(merge_barrier(), 1);
+    barrier_arrive(merge_barrier(), 1);
   }
 
   // Rotated queries into a warpgroup's rows first_row.. of shared memory. Rows that are not valid stay as
@@ -409,7 +494,7 @@ class HopperAttention {
         const int index = base + i * threads, row = first_row + index / kChunks;
         if (index >= rows * kChunks) continue;
         rotary.write<T>(x[i], index % kChunks, [&](int c, const uint4& rotated) {
-          store_shared_16(target + chunk_offset(row, c), rotated);
+          store_shared_16(target + chunk_offset<kWorkerRows>(row, c), rotated);
         });
       }
     }
@@ -417,9 +502,16 @@ class HopperAttention {
 
   // ---- consumers ----
   __device__ __forceinline__ void consume(int warpgroup) const {
-    const int thread = threadIdx.x % kWarpgroup;
     bool wide;
     const Walk walk = walk_of(warpgroup, wide);
+    if (kWideKeys > kBlockKeys && wide)
+      consume<kWideKeys>(warpgroup, walk, wide);
+    else
+      consume<kBlockKeys>(warpgroup, walk, wide);
+  }
+  template <int kKeys>
+  __device__ __forceinline__ void consume(int warpgroup, const Walk& walk, bool wide) const {
+    const int thread = threadIdx.x % kWarpgroup;
     Ring ring = ring_of(wide, warpgroup);
     // A first segment that is large need not be handed over: its queries are asked for before the flood of
     // keys and values.
@@ -435,18 +527,19 @@ class HopperAttention {
       if (!s.small) {
         if (thread < s.rows) find_query(s, warpgroup, 0, thread);
         warpgroup_barrier(warpgroup);
-        load_queries<4>(warpgroup, 0, s.rows, thread, kWarpgroup);
+        load_queries<kKeys == kBlockKeys ? 4 : 2>(warpgroup, 0, s.rows, thread, kWarpgroup);
         shared_write_fence();
         warpgroup_barrier(warpgroup);
       }
       if (early) barrier_wait(segment_barrier(slot, 0), 0);
       const bool last = uniform(s.last);
-      attend(segment(slot), slot, wide, warpgroup, ring);
+      attend<kKeys>(segment(slot), slot, wide, warpgroup, ring);
       if (last) return;
     }
   }
 
-  // The key blocks of one segment.
+  // The key blocks of one segment, kKeys each.
+  template <int kKeys>
   __device__ __forceinline__ void attend(const Segment& s, int slot, bool wide, int warpgroup,
                                          Ring& ring) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % kWarpgroup;
@@ -483,51 +576,53 @@ class HopperAttention {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
 
-    uint32_t weights[kBlockKeys / 16][4];
+    uint32_t weights[kKeys / 16][4];
 #pragma unroll
-    for (int k = 0; k < kBlockKeys / 16; ++k)
-      weights[k][0] = weights[k][1] = weights[k][2] = weights[k][3] = 0;
+    for (int k = 0; k < kKeys / 16; ++k) weights[k][0] = weights[k][1] = weights[k][2] = weights[k][3] = 0;
     int values_before = 0;
     // output += weights * values of the block before
     const auto start_output = [&](SharedAddress values) {
 #pragma unroll
-      for (int k = 0; k < kBlockKeys / 16; ++k)
-        multiply_values<T>(output, weights[k],
-                           matrix_descriptor<kAtomRowBytes>(values + k * 16 * kAtomRowBytes, kAtomBytes));
+      for (int k = 0; k < kKeys / 16; ++k)
+        multiply_values<T>(
+            output, weights[k],
+            matrix_descriptor<kAtomRowBytes>(values + k * 16 * kAtomRowBytes, kKeys * kAtomRowBytes));
       product_commit();
     };
 
     // A block's scores are computed first; while its softmax is, the values of the block before are
     // multiplied.
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i, first_key += kBlockKeys) {
+    for (int i = 0; i < blocks; ++i, first_key += kKeys) {
       const int keys_stage = uniform(ring.stage);
-      const SharedAddress keys = buffer(keys_stage);
+      const SharedAddress keys = buffer(keys_stage, kKeys);
       const int last_row = last_key - first_key;
       barrier_wait(full_barrier(keys_stage), ring.phase);
       ring.advance();
-      if (last_row < kBlockKeys && !a.appended_before) {  // the new token's key is not among those copied
+      if (last_row < kKeys && !a.appended_before) {  // the new token's key is not among those copied
         if (thread < kChunks)
-          store_shared_16(keys + chunk_offset(last_row, thread),
+          store_shared_16(keys + chunk_offset<kKeys>(last_row, thread),
                           load_shared_16(fresh_row(slot) + thread * 16));
         shared_write_fence();
         warpgroup_barrier(warpgroup);
       }
       // scores = queries * keys^T
-      float score[kBlockKeys / 2];
-      const auto descriptor = [](SharedAddress operand, int k) {
-        return matrix_descriptor<kAtomRowBytes>(operand + step_offset(k), 16);
+      float score[kKeys / 2];
+      const auto query_step = [&](int k) {
+        return matrix_descriptor<kAtomRowBytes>(queries + step_offset<kWorkerRows>(k), 16);
+      };
+      const auto key_step = [&](int k) {
+        return matrix_descriptor<kAtomRowBytes>(keys + step_offset<kKeys>(k), 16);
       };
       product_pin(output);
       product_begin();
-      multiply_keys<T, false>(score, descriptor(queries, 0), descriptor(keys, 0));
+      multiply_keys<T, false>(score, query_step(0), key_step(0));
 #pragma unroll
-      for (int k = 1; k < kHeadDim / 16; ++k)
-        multiply_keys<T, true>(score, descriptor(queries, k), descriptor(keys, k));
+      for (int k = 1; k < kHeadDim / 16; ++k) multiply_keys<T, true>(score, query_step(k), key_step(k));
       product_commit();
       // Before the first block there are no values. Products behind a branch would be made to wait for each
       // other, so the keys are taken for them and the result is dropped.
-      start_output(buffer(i == 0 ? keys_stage : values_before));
+      start_output(buffer(i == 0 ? keys_stage : values_before, kKeys));
       product_wait<1>();  // for the scores
       product_pin(score);
       if (lane == 0) barrier_arrive(free_barrier(keys_stage), arrivals);
@@ -536,23 +631,23 @@ class HopperAttention {
       float decay[2] = {1, 1};
       if (!idle) {
         if (capped) cap(score);
-        if (first_key + kBlockKeys - 1 > min(high[0], high[1])) {
+        if (first_key + kKeys - 1 > min(high[0], high[1])) {
           const int at[2] = {high[0] - first_key, high[1] - first_key};
 #pragma unroll
-          for (int j = 0; j < kBlockKeys / 2; ++j)
+          for (int j = 0; j < kKeys / 2; ++j)
             if (j / 4 * 8 + j % 2 > at[j / 2 % 2]) score[j] = -INFINITY;
         }
         if (first_key < max(low[0], low[1])) {
           const int at[2] = {low[0] - first_key, low[1] - first_key};
 #pragma unroll
-          for (int j = 0; j < kBlockKeys / 2; ++j)
+          for (int j = 0; j < kKeys / 2; ++j)
             if (j / 4 * 8 + j % 2 < at[j / 2 % 2]) score[j] = -INFINITY;
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float highest = maximum[r];
 #pragma unroll
-          for (int n = 0; n < kBlockKeys / 8; ++n)
+          for (int n = 0; n < kKeys / 8; ++n)
             highest = fmaxf(highest, fmaxf(score[4 * n + 2 * r], score[4 * n + 2 * r + 1]));
           highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
           highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
@@ -562,7 +657,7 @@ class HopperAttention {
           maximum[r] = highest;
           float more[2] = {0, 0};
 #pragma unroll
-          for (int n = 0; n < kBlockKeys / 8; ++n)
+          for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
               const float weight = exp2_fast(score[4 * n + 2 * r + c] * factor - shift);
@@ -580,22 +675,21 @@ class HopperAttention {
         for (int j = 0; j < kHeadDim / 2; ++j) output[j] = i == 0 ? 0 : output[j] * decay[j / 2 % 2];
       }
 #pragma unroll
-      for (int j = 0; j < kBlockKeys / 4; ++j)
-        weights[j / 4][j % 4] = T::pack(score[2 * j], score[2 * j + 1]);
+      for (int j = 0; j < kKeys / 4; ++j) weights[j / 4][j % 4] = T::pack(score[2 * j], score[2 * j + 1]);
 
       const int values_stage = uniform(ring.stage);
       barrier_wait(full_barrier(values_stage), ring.phase);
       ring.advance();
       values_before = values_stage;
-      if (last_row < kBlockKeys) {
+      if (last_row < kKeys) {
         // Beyond the last key lies what earlier requests left, and 0 times that may be NaN.
-        const SharedAddress values = buffer(values_stage);
+        const SharedAddress values = buffer(values_stage, kKeys);
         if (!a.appended_before && thread < kChunks)
-          store_shared_16(values + chunk_offset(last_row, thread),
+          store_shared_16(values + chunk_offset<kKeys>(last_row, thread),
                           load_shared_16(fresh_row(slot) + kMaxHopperHeadDim * 2 + thread * 16));
 #pragma unroll 1
-        for (int c = thread; c < (kBlockKeys - 1 - last_row) * kChunks; c += kWarpgroup)
-          store_shared_16(values + chunk_offset(last_row + 1 + c / kChunks, c % kChunks),
+        for (int c = thread; c < (kKeys - 1 - last_row) * kChunks; c += kWarpgroup)
+          store_shared_16(values + chunk_offset<kKeys>(last_row + 1 + c / kChunks, c % kChunks),
                           make_uint4(0, 0, 0, 0));
         shared_write_fence();
         warpgroup_barrier(warpgroup);
@@ -603,7 +697,7 @@ class HopperAttention {
     }
     product_pin(output);
     product_begin();
-    start_output(buffer(values_before));
+    start_output(buffer(values_before, kKeys));
     product_wait<0>();
     product_pin(output);
     if (lane == 0) barrier_arrive(free_barrier(values_before), arrivals);
@@ -628,18 +722,28 @@ class HopperAttention {
   }
 
   // score -> softcap * tanh(scale * score / softcap); tanh(x) = 1 - 2 / (e^2x + 1)
-  __device__ __forceinline__ void cap(float (&score)[kBlockKeys / 2]) const {
+  template <int kCount>
+  __device__ __forceinline__ void cap(float (&score)[kCount]) const {
     const float slope = 2 * kLog2e * p.scale / p.softcap;
 #pragma unroll
-    for (int j = 0; j < kBlockKeys / 2; ++j)
+    for (int j = 0; j < kCount; ++j)
       score[j] = p.softcap - __fdividef(2 * p.softcap, exp2_fast(score[j] * slope) + 1);
   }
 };
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, int kWideKeys>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     hopper_kernel(const __grid_constant__ HopperArguments arguments) {
-  HopperAttention<T, kHeadDim>(arguments).run();
+  HopperAttention<T, kHeadDim, kWideKeys>(arguments).run();
+}
+
+template <int kHeadDim>
+HopperKernel choose_hopper_kernel(DataType dtype, int wide_keys) {
+  if (wide_keys == 2 * kBlockKeys)
+    return dtype == DataType::kFloat16 ? hopper_kernel<Float16, kHeadDim, 2 * kBlockKeys>
+                                       : hopper_kernel<BFloat16, kHeadDim, 2 * kBlockKeys>;
+  return dtype == DataType::kFloat16 ? hopper_kernel<Float16, kHeadDim, kBlockKeys>
+                                     : hopper_kernel<BFloat16, kHeadDim, kBlockKeys>;
 }
 
 }  // namespace relay::cuda

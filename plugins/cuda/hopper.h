@@ -25,21 +25,22 @@ struct HopperArguments {
 
 using HopperKernel = void (*)(HopperArguments);
 
-HopperKernel hopper_kernel_32(DataType dtype);
-HopperKernel hopper_kernel_64(DataType dtype);
-HopperKernel hopper_kernel_96(DataType dtype);
-HopperKernel hopper_kernel_128(DataType dtype);
+HopperKernel hopper_kernel_32(DataType dtype, int wide_keys);
+HopperKernel hopper_kernel_64(DataType dtype, int wide_keys);
+HopperKernel hopper_kernel_96(DataType dtype, int wide_keys);
+HopperKernel hopper_kernel_128(DataType dtype, int wide_keys);
 
-inline HopperKernel find_hopper_kernel(const RelayParams& p) {
+// wide_keys: Plan's
+inline HopperKernel find_hopper_kernel(const RelayParams& p, int wide_keys) {
   switch (p.head_dim) {
     case 32:
-      return hopper_kernel_32(p.dtype);
+      return hopper_kernel_32(p.dtype, wide_keys);
     case 64:
-      return hopper_kernel_64(p.dtype);
+      return hopper_kernel_64(p.dtype, wide_keys);
     case 96:
-      return hopper_kernel_96(p.dtype);
+      return hopper_kernel_96(p.dtype, wide_keys);
     default:
-      return hopper_kernel_128(p.dtype);  // plan_hopper admits no other
+      return hopper_kernel_128(p.dtype, wide_keys);  // plan_hopper admits no other
   }
 }
 

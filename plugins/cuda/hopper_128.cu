@@ -2,8 +2,8 @@
 
 namespace relay::cuda {
 
-HopperKernel hopper_kernel_128(DataType dtype) {
-  return dtype == DataType::kFloat16 ? hopper_kernel<Float16, 128> : hopper_kernel<BFloat16, 128>;
+HopperKernel hopper_kernel_128(DataType dtype, int wide_keys) {
+  return choose_hopper_kernel<128>(dtype, wide_keys);
 }
 
 }  // namespace relay::cuda

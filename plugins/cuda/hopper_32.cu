@@ -2,8 +2,8 @@
 
 namespace relay::cuda {
 
-HopperKernel hopper_kernel_32(DataType dtype) {
-  return dtype == DataType::kFloat16 ? hopper_kernel<Float16, 32> : hopper_kernel<BFloat16, 32>;
+HopperKernel hopper_kernel_32(DataType dtype, int wide_keys) {
+  return choose_hopper_kernel<32>(dtype, wide_keys);
 }
 
 }  // namespace relay::cuda

@@ -2,8 +2,8 @@
 
 namespace relay::cuda {
 
-HopperKernel hopper_kernel_64(DataType dtype) {
-  return dtype == DataType::kFloat16 ? hopper_kernel<Float16, 64> : hopper_kernel<BFloat16, 64>;
+HopperKernel hopper_kernel_64(DataType dtype, int wide_keys) {
+  return choose_hopper_kernel<64>(dtype, wide_keys);
 }
 
 }  // namespace relay::cuda

@@ -2,8 +2,8 @@
 
 namespace relay::cuda {
 
-HopperKernel hopper_kernel_96(DataType dtype) {
-  return dtype == DataType::kFloat16 ? hopper_kernel<Float16, 96> : hopper_kernel<BFloat16, 96>;
+HopperKernel hopper_kernel_96(DataType dtype, int wide_keys) {
+  return choose_hopper_kernel<96>(dtype, wide_keys);
 }
 
 }  // namespace relay::cuda

@@ -150,24 +150,39 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address, uin
                ", %" a1 ", %" a2 ", %" a3 "}, %" b ", 1, 1, 1, 1;"                                        \
                : list(RELAY_ACCUMULATOR)                                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor))
-#define RELAY_PRODUCT_SHARED(type, constraint, accumulate)                                     \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RELAY_NAMES_32 \
-               "}, %32, %33, " accumulate ", 1, 1, 0, 0;"                                      \
-               : RELAY_LIST_32(constraint)                                                     \
+#define RELAY_PRODUCT_SHARED(columns, type, names, list, constraint, accumulate, a_name, b_name)             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, %" a_name \
+               ", %" b_name ", " accumulate ", 1, 1, 0, 0;"                                                  \
+               : list(constraint)                                                                            \
                : "l"(a), "l"(b))
+#define RELAY_PRODUCT_64(type, constraint, accumulate) \
+  RELAY_PRODUCT_SHARED("64", type, RELAY_NAMES_32, RELAY_LIST_32, constraint, accumulate, "32", "33")
+#define RELAY_PRODUCT_128(type, constraint, accumulate) \
+  RELAY_PRODUCT_SHARED("128", type, RELAY_NAMES_64, RELAY_LIST_64, constraint, accumulate, "64", "65")
 
-// c[64, 64] (+)= a[64, 16] * b[64, 16]^T, rows of both in shared memory. Warp w of the four holds rows
-// 16w..16w+15 of c, laid out as in multiply_accumulate.
+// c[64, 2 * kCount] (+)= a[64, 16] * b[2 * kCount, 16]^T, rows of both in shared memory. Warp w of the four
+// holds rows 16w..16w+15 of c, laid out as in multiply_accumulate.
 template <class T, bool kAccumulate>
 __device__ __forceinline__ void multiply_keys(float (&c)[32], uint64_t a, uint64_t b) {
   if constexpr (std::is_same<T, Float16>::value && kAccumulate)
-    RELAY_PRODUCT_SHARED("f16", RELAY_ACCUMULATOR, "1");
+    RELAY_PRODUCT_64("f16", RELAY_ACCUMULATOR, "1");
   else if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT_SHARED("f16", RELAY_RESULT, "0");
+    RELAY_PRODUCT_64("f16", RELAY_RESULT, "0");
   else if constexpr (kAccumulate)
-    RELAY_PRODUCT_SHARED("bf16", RELAY_ACCUMULATOR, "1");
+    RELAY_PRODUCT_64("bf16", RELAY_ACCUMULATOR, "1");
   else
-    RELAY_PRODUCT_SHARED("bf16", RELAY_RESULT, "0");
+    RELAY_PRODUCT_64("bf16", RELAY_RESULT, "0");
+}
+template <class T, bool kAccumulate>
+__device__ __forceinline__ void multiply_keys(float (&c)[64], uint64_t a, uint64_t b) {
+  if constexpr (std::is_same<T, Float16>::value && kAccumulate)
+    RELAY_PRODUCT_128("f16", RELAY_ACCUMULATOR, "1");
+  else if constexpr (std::is_same<T, Float16>::value)
+    RELAY_PRODUCT_128("f16", RELAY_RESULT, "0");
+  else if constexpr (kAccumulate)
+    RELAY_PRODUCT_128("bf16", RELAY_ACCUMULATOR, "1");
+  else
+    RELAY_PRODUCT_128("bf16", RELAY_RESULT, "0");
 }
 
 // c[64, 2 * kCount] += a[64, 16] * b[16, 2 * kCount], b's rows in shared memory.
@@ -201,6 +216,8 @@ __device__ __forceinline__ void multiply_values(float (&c)[64], const uint32_t (
 }
 
 #undef RELAY_PRODUCT
+#undef RELAY_PRODUCT_64
+#undef RELAY_PRODUCT_128
 #undef RELAY_PRODUCT_SHARED
 #undef RELAY_ACCUMULATOR
 #undef RELAY_RESULT

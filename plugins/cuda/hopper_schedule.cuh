@@ -165,7 +165,7 @@ struct HopperSchedule : RequestTables {
   __device__ __forceinline__ int context_units(int position, int tokens) const {
     if (tokens == 0) return 0;
     return arguments->params.kv_num_heads * tiles_of(tokens) *
-           ((position + tokens + kBlockKeys - 1) / kBlockKeys - first_block(position));
+           (blocks_of(position + tokens) - first_block(position));
   }
 
   // While the work is shared out the memory has nothing to do. Asked for evenly over the prefix, so that all
@@ -209,8 +209,9 @@ struct HopperSchedule : RequestTables {
     t.tokens = tokens;
     t.prefix_tiles = (tokens * a.group + a.prefix_rows - 1) >> a.prefix_rows_log2;
     if (p.local_window_size > 0 && tokens > 0)
-      t.prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) / kBlockKeys;
-    t.prefix_blocks = max(0, (p.prefix_length + kBlockKeys - 1) / kBlockKeys - t.prefix_block_begin);
+      t.prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) >> a.prefix_keys_log2;
+    t.prefix_blocks = max(
+        0, ((p.prefix_length + (1 << a.prefix_keys_log2) - 1) >> a.prefix_keys_log2) - t.prefix_block_begin);
     t.prefix_units = p.kv_num_heads * t.prefix_tiles * t.prefix_blocks;
     const int all = t.prefix_units + all_context_units;
     unit += t.prefix_units;
@@ -267,7 +268,9 @@ struct HopperSchedule : RequestTables {
   // at the same time. Whole units are considered, and the tiles that a block begins: queries to be fetched
   // and results to be written, which take it as long as 2.25 units.
   __device__ __forceinline__ int wide_blocks(const HopperTotals& t, int narrow_units, int lane) const {
-    const int grid = gridDim.x, wide_cost = arguments->prefix_cost, narrow_cost = arguments->context_cost;
+    const int grid = gridDim.x;
+    const int wide_cost = arguments->prefix_cost << (arguments->prefix_keys_log2 - 6);
+    const int narrow_cost = arguments->context_cost;
     const float wide = static_cast<float>(t.wide_units) * wide_cost;
     const float narrow = static_cast<float>(narrow_units) * narrow_cost;
     const int step = t.prefix_tiles < grid / 4 ? t.prefix_tiles : 1;
@@ -279,7 +282,7 @@ struct HopperSchedule : RequestTables {
     int begun = part == 0 ? whole : whole + 2;
     if (even && whole == 0 && quotient(t.prefix_blocks, each) * each == t.prefix_blocks) begun = 1;
     if (part == 0 && !even) ++begun;
-    const int wide_time = each * wide_cost + begun * wide_cost * 9 / 4;
+    const int wide_time = each * wide_cost + begun * arguments->prefix_cost * 9 / 4;
     const int narrow_time = quotient(narrow_units + workers - 1, workers) * 2 * narrow_cost;
     const uint32_t time = 16 * max(wide_time, narrow_time) + min(wide_time, narrow_time);
     const uint32_t least = __reduce_min_sync(kAllLanes, time);

@@ -134,14 +134,15 @@ Status find_encoder(EncodeTensorMap* encode, char* message, size_t message_size)
 // [heads, rows, head_dim] as the copy engine sees it. An empty tensor keeps an empty map, which no work
 // refers to.
 Status encode_tensor_map(EncodeTensorMap encode, TensorMap* map, const void* tensor, const RelayParams& p,
-                         int64_t heads, int64_t rows, char* message, size_t message_size) {
+                         int64_t heads, int64_t rows, uint32_t block_keys, char* message,
+                         size_t message_size) {
   *map = TensorMap{};
   if (heads == 0 || rows == 0) return Status::kOk;
   const cuuint64_t atom = atom_elements(p.head_dim), row_bytes = cuuint64_t{2} * p.head_dim;
   const cuuint64_t sizes[] = {atom, static_cast<cuuint64_t>(rows), p.head_dim / atom,
                               static_cast<cuuint64_t>(heads)};
   const cuuint64_t strides[] = {row_bytes, 2 * atom, row_bytes * rows};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(atom), kBlockKeys,
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(atom), block_keys,
                             static_cast<cuuint32_t>(p.head_dim / atom), 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   const CUresult result = encode(
@@ -162,17 +163,20 @@ Status encode_tensor_maps(const RelayParams& p, HopperArguments* arguments, char
   EncodeTensorMap encode = nullptr;
   Status status = find_encoder(&encode, message, message_size);
   const int64_t caches = int64_t{p.batch} * p.kv_num_heads;
+  const int prefix_log2 = arguments->base.prefix_keys_log2, context_log2 = arguments->base.context_keys_log2;
   const struct {
     TensorMap* map;
     const void* tensor;
     int64_t heads, rows;
-  } maps[] = {{&arguments->prefix_key, p.prefix_key, p.kv_num_heads, p.prefix_length},
-              {&arguments->prefix_value, p.prefix_value, p.kv_num_heads, p.prefix_length},
-              {&arguments->present_key, p.present_key, caches, p.max_context},
-              {&arguments->present_value, p.present_value, caches, p.max_context}};
+    int keys_log2;
+  } maps[] = {{&arguments->prefix_key, p.prefix_key, p.kv_num_heads, p.prefix_length, prefix_log2},
+              {&arguments->prefix_value, p.prefix_value, p.kv_num_heads, p.prefix_length, prefix_log2},
+              {&arguments->present_key, p.present_key, caches, p.max_context, context_log2},
+              {&arguments->present_value, p.present_value, caches, p.max_context, context_log2}};
   for (const auto& m : maps)
     if (status == Status::kOk)
-      status = encode_tensor_map(encode, m.map, m.tensor, p, m.heads, m.rows, message, message_size);
+      status = encode_tensor_map(encode, m.map, m.tensor, p, m.heads, m.rows, 1u << m.keys_log2, message,
+                                 message_size);
   return status;
 }
 
@@ -197,8 +201,9 @@ Status plan_for_device(const RelayParams& params, const RelayTuning& tuning, Pla
   if (status != Status::kOk) return status;
   status = make_plan(params, tuning, limits, plan, message, message_size);
   if (status != Status::kOk) return status;
-  const void* kernel = plan->hopper ? reinterpret_cast<const void*>(find_hopper_kernel(params))
-                                    : reinterpret_cast<const void*>(find_kernels(params, *plan).attention);
+  const void* kernel = plan->hopper
+                           ? reinterpret_cast<const void*>(find_hopper_kernel(params, plan->wide_keys))
+                           : reinterpret_cast<const void*>(find_kernels(params, *plan).attention);
   int blocks = 0;
   status = blocks_per_sm(device, kernel, limits, plan->hopper ? kHopperThreads : kThreads, plan->shared_bytes,
                          &blocks, message, message_size);
@@ -266,6 +271,7 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
   config.numAttrs = 1;
   HopperArguments hopper{};
   if (plan.hopper) {
+    hopper.base = kernel_arguments(params, plan, 0, workspace, barrier);
     status = encode_tensor_maps(params, &hopper, message, message_size);
     if (status != Status::kOk) return status;
   }
@@ -275,7 +281,7 @@ Status launch(const RelayParams& params, const RelayTuning& tuning, void* worksp
       RELAY_CUDA_TRY(cudaMemsetAsync(arguments.barrier, 0, kBarrierBytes, stream), "clearing the barrier");
     if (plan.hopper) {
       hopper.base = arguments;
-      RELAY_CUDA_TRY(cudaLaunchKernelEx(&config, find_hopper_kernel(params), hopper),
+      RELAY_CUDA_TRY(cudaLaunchKernelEx(&config, find_hopper_kernel(params, plan.wide_keys), hopper),
                      "launching RelayAttention for Hopper");
     } else {
       RELAY_CUDA_TRY(cudaLaunchKernelEx(&config, kernels.attention, arguments), "launching RelayAttention");

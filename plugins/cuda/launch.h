@@ -69,6 +69,7 @@ struct RelayTuning {
   int32_t l2_prefetch_mb;     // prefix megabytes asked into L2 while the work is shared out; -1 = none
   int32_t copies_in_flight;   // buffers that a block waits for at once (Hopper)
   int32_t tokens_per_launch;  // cut a long prefill into launches of at most so many tokens
+  int32_t wide_keys;          // keys that a tile of 128 rows takes at a time: 64 or 128 (Hopper)
 };
 
 // Refuses what launch() would refuse, without touching the device. `message` (may be null) receives one

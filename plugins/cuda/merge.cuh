@@ -118,6 +118,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
   const MergeShares<kWarps, kRows> shares(rows);
   const int ways_log2 = shares.ways_log2, ways = 1 << ways_log2, way = warp & (ways - 1);
   const int step = shares.step(), mine = shares.first_row(warp) + lane / kLanes;
+  uint32_t turn = 0;
 #pragma unroll 1
   for (int first = 0; first < rows; first += step) {
     // Each group of kLanes lanes looks after one row.
@@ -226,7 +227,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
         scratch[warp] = highest;
         scratch[kWarps + warp] = total;
       }
-      worker.synchronize();
+      worker.exchange(turn);
       const int first_warp = warp - way;
       float peak = -INFINITY;
       for (int w = first_warp; w < first_warp + ways; ++w) peak = fmaxf(peak, scratch[w]);
@@ -242,14 +243,15 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
         uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{of.output_row} * kHeadDim;
         reinterpret_cast<uint32_t*>(output)[column / 2] = T::pack(low * scale, high * scale);
       }
-      worker.synchronize();
+      worker.exchange(turn);
     }
   }
 }
 
 // worker: prefix_partials(kv_head, packed_row), context_partials(request, kv_head, packed_row);
 // first_merge_row(number, index, rows), merge_row() of the block's first rows, by their number in the block;
-// and synchronize() of the first kWarps warps of the block, which take part.
+// and of the first kWarps warps of the block, which take part, synchronize() and exchange(turn), the same for
+// shared memory alone (turn: 0 before the first).
 template <class T, int kHeadDim, int kWarps, class Schedule, class Worker>
 __device__ __forceinline__ void merge(const KernelArguments& a, const Schedule& schedule,
                                       const Worker& worker, const GridBarrier& barrier, float* sums,

@@ -11,8 +11,8 @@ namespace relay::cuda {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlockKeys =
-    64;  // keys (or values) in one buffer of the copy pipeline: the unit in which work is shared
+// Keys (or values) in one buffer of the copy pipeline: the unit in which work is shared (but see wide_keys).
+constexpr int kBlockKeys = 64;
 constexpr int kMaxBatch = 1024;
 constexpr int kMaxTokensPerLaunch = 1024;
 constexpr int kMaxDepth = 6;
@@ -24,7 +24,7 @@ constexpr int kHopperConsumers = 2 * 128;
 constexpr int kHopperThreads = kHopperConsumers + 128;
 constexpr int kMaxStages = 24;  // buffers of keys or values
 constexpr int kMaxHopperHeadDim = 128;
-constexpr int kHopperFixedBytes = 7312;  // of shared memory: what hopper.cuh keeps whatever the call
+constexpr int kHopperFixedBytes = 9360;  // of shared memory: what hopper.cuh keeps whatever the call
 
 // Divides by a number that the host knows, for 0 <= n with n * divisor < 2^32.
 struct Divisor {
@@ -53,9 +53,11 @@ struct KernelArguments {
   int context_rows;
   int prefix_rows_log2;
   int context_rows_log2;
+  int prefix_keys_log2;  // keys of a unit of a prefix / context tile
+  int context_keys_log2;
   Divisor by_group, by_heads, by_kv_heads;
   int depth;             // buffers in the copy pipeline
-  int copies_in_flight;  // of buffers, at most (Hopper)
+  int copies_in_flight;  // of buffers of 64 keys, at most (Hopper)
   int ring_offset;       // of the copy pipeline in shared memory (Hopper)
   int tail_rows;         // rows of one tail slot
   int appended_before;   // the new tokens are in present already, rotated (see Plan)
@@ -76,6 +78,7 @@ struct Plan {
   bool hopper;      // which kernel
   int prefix_rows;  // template arguments
   int context_rows;
+  int wide_keys;  // keys of a unit of a tile of 128 rows: 64 or 128 (Hopper)
   int depth;
   int copies_in_flight;
   int ring_offset;

@@ -143,7 +143,7 @@ struct Schedule : RequestTables {
       if (count > 0) {
         lowest = min(lowest, context_len()[b] + first_token()[b]);
         const int position = context_len()[b] + first_token()[b];
-        const int blocks = (position + count + kBlockKeys - 1) / kBlockKeys - first_block(position);
+        const int blocks = blocks_of(position + count) - first_block(position);
         my_units += p.kv_num_heads * ((count * group + kContextRows - 1) / kContextRows) * blocks;
       }
       for (int t = 0; t < count; ++t)

@@ -28,10 +28,15 @@ struct RequestTables {
     return reinterpret_cast<uint16_t*>(array(4));
   }
 
+  // Of keys of a context.
+  __device__ __forceinline__ int blocks_of(int keys) const {
+    const int log2 = arguments->context_keys_log2;
+    return (keys + (1 << log2) - 1) >> log2;
+  }
   // Key block of the first key that a token at a position of its context sees.
   __device__ __forceinline__ int first_block(int position) const {
     const int first = position - arguments->params.local_window_size + 1;
-    return arguments->params.local_window_size > 0 && first > 0 ? first / kBlockKeys : 0;
+    return arguments->params.local_window_size > 0 && first > 0 ? first >> arguments->context_keys_log2 : 0;
   }
   __device__ __forceinline__ int request_tokens(int request) const {
     return token_start()[request + 1] - token_start()[request];
@@ -43,7 +48,7 @@ struct RequestTables {
     return first_block(context_len()[request] + first_token()[request]);
   }
   __device__ __forceinline__ int context_blocks(int request) const {
-    return (context_keys(request) + kBlockKeys - 1) / kBlockKeys - context_block_begin(request);
+    return blocks_of(context_keys(request)) - context_block_begin(request);
   }
 };
 

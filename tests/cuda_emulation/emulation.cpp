@@ -54,13 +54,13 @@ class Guarded {
 };
 
 // As launch.cu's.
-TensorMap tensor_map(const void* tensor, const RelayParams& p, int64_t heads, int64_t rows) {
+TensorMap tensor_map(const void* tensor, const RelayParams& p, int64_t heads, int64_t rows, int keys_log2) {
   if (heads == 0 || rows == 0) return TensorMap{};
   const uint64_t atom = atom_elements(p.head_dim), row_bytes = uint64_t{2} * p.head_dim;
   const uint32_t atoms = static_cast<uint32_t>(p.head_dim / atom);
   return encode_tensor_map(tensor, {atom, static_cast<uint64_t>(rows), atoms, static_cast<uint64_t>(heads)},
                            {row_bytes, 2 * atom, row_bytes * rows},
-                           {static_cast<uint32_t>(atom), kBlockKeys, atoms, 1});
+                           {static_cast<uint32_t>(atom), 1u << keys_log2, atoms, 1});
 }
 
 void run(const Kernels& kernels, const KernelArguments& arguments, const Plan& plan,
@@ -72,11 +72,13 @@ void run(const Kernels& kernels, const KernelArguments& arguments, const Plan& p
   }
   const RelayParams& p = arguments.params;
   const int64_t caches = int64_t{p.batch} * p.kv_num_heads;
-  const HopperArguments hopper{arguments, tensor_map(p.prefix_key, p, p.kv_num_heads, p.prefix_length),
-                               tensor_map(p.prefix_value, p, p.kv_num_heads, p.prefix_length),
-                               tensor_map(p.present_key, p, caches, p.max_context),
-                               tensor_map(p.present_value, p, caches, p.max_context)};
-  const HopperKernel kernel = find_hopper_kernel(p);
+  const int prefix = arguments.prefix_keys_log2, context = arguments.context_keys_log2;
+  const HopperArguments hopper{arguments,
+                               tensor_map(p.prefix_key, p, p.kv_num_heads, p.prefix_length, prefix),
+                               tensor_map(p.prefix_value, p, p.kv_num_heads, p.prefix_length, prefix),
+                               tensor_map(p.present_key, p, caches, p.max_context, context),
+                               tensor_map(p.present_value, p, caches, p.max_context, context)};
+  const HopperKernel kernel = find_hopper_kernel(p, plan.wide_keys);
   options.hopper = true;
   cuda_on_host::launch(options, plan.grid, kHopperThreads, plan.shared_bytes, [&] { kernel(hopper); });
 }

@@ -512,12 +512,12 @@ inline uint64_t matrix_descriptor(SharedAddress address, uint32_t atom_bytes) {
   return kSwizzle << 62 | kEightRows << 32 | uint64_t{atom_bytes / 16} << 16 | start >> 4;
 }
 
-template <class T, bool kAccumulate>
-[[gnu::always_inline]] inline void multiply_keys(float (&c)[32], uint64_t a, uint64_t b) {
+template <class T, bool kAccumulate, int kCount>
+[[gnu::always_inline]] inline void multiply_keys(float (&c)[kCount], uint64_t a, uint64_t b) {
   cuda_on_host::Product product{};
   product.execute = cuda_on_host::execute_product<T>;
   product.accumulate = kAccumulate;
-  product.columns = 64;
+  product.columns = 2 * kCount;
   product.a = a;
   product.b = b;
   product.where = cuda_on_host::here();

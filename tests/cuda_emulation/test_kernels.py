@@ -107,9 +107,9 @@ def test_hopper_rings_and_late_or_early_copies(
 ) -> None:
     case = Case(prefix_length=400, rotary_dim=64, context_lens=(5, 70, 0, 66))
     wide = replace(case, context_lens=(5, 70, 0, 66) * 5)
-    for c in (case, wide):
+    for c, keys in (case, 64), (wide, 64), (wide, 128):
         check(emulation, c, copies=copies, pipeline_depth=depth, copies_in_flight=in_flight, seed=depth,
-              sm_count=2, **HOPPER)  # fmt: skip
+              sm_count=2, wide_keys=keys, **HOPPER)  # fmt: skip
 
 
 @pytest.mark.parametrize("sm_count", [1, 2, 3, 5, 9, 14])
@@ -119,16 +119,17 @@ def test_hopper_any_split_of_the_work(emulation: Emulation, sm_count: int, costs
     mixed = Case(prefix_length=520, context_lens=(5, 70, 0, 66, 12) * 3, max_context=150, group=7,
                  head_dim=32, rotary_dim=32)  # fmt: skip
     wide = Case(sequence=30, context_lens=(5, 90, 0), query_lens=(30, 7, 22), max_context=150, rotary_dim=16)
-    for case in (narrow, mixed, wide):
-        check(emulation, case, sm_count=sm_count, prefix_cost=costs[0], context_cost=costs[1], **HOPPER)
+    for case, keys in (narrow, 64), (mixed, 64), (mixed, 128), (wide, 64), (wide, 128):
+        check(emulation, case, sm_count=sm_count, prefix_cost=costs[0], context_cost=costs[1],
+              wide_keys=keys, **HOPPER)  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [64, 128])
-def test_hopper_tile_sizes(emulation: Emulation, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "keys"), [(64, 64), (128, 64), (128, 128)])
+def test_hopper_tile_sizes(emulation: Emulation, rows: int, keys: int) -> None:
     many = Case(group=8, kv_num_heads=1, context_lens=tuple(range(0, 78, 3)), head_dim=96, prefix_length=200)
     window = replace(CASES["prefill, ragged"], local_window_size=33, prefix_length=150, softcap=9.0)
     for case in (CASES["group of 7"], CASES["prefill, ragged"], CASES["group of 24"], many, window):
-        check(emulation, case, prefix_rows=rows, **HOPPER)
+        check(emulation, case, prefix_rows=rows, wide_keys=keys, **HOPPER)
 
 
 @pytest.mark.parametrize("copies", [0, 1, 2])
@@ -215,7 +216,8 @@ def test_random_calls(emulation: Emulation, seed: int, kernel: str) -> None:
         in_place=bool(rng.integers(2)),
     )
     sm_count, copies = int(rng.integers(1, 7)), int(rng.integers(3))
-    check(emulation, case, seed=seed, sm_count=sm_count, copies=copies, **KERNELS[kernel])
+    check(emulation, case, seed=seed, sm_count=sm_count, copies=copies, wide_keys=int(rng.choice([64, 128])),
+          **KERNELS[kernel])  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -123,23 +123,12 @@ DISREGARDED: dict[str, tuple[str, int, Case, list[str]]] = {
     "portable, __syncthreads": ("portable", SYNC_THREADS, GROUP_OF_7, ["attention.cuh:"]),
     "portable, asynchronous copies": ("portable", COPY_WAIT, GROUP_OF_7, ["a copy by warp"]),
     "hopper, __syncthreads": ("hopper", SYNC_THREADS, GROUP_OF_7, ["hopper_schedule.cuh:"]),
-    # also what compute-sanitizer reports, which does not follow __syncwarp and then one lane's arrival
-    "hopper, __syncwarp": (
-        "hopper",
-        SYNC_WARP,
-        GROUP_OF_7,
-        [
-            "merge_rows()[lane] = merge_row(",
-            "return merge_rows()[number];",
-            "store_shared_16(target + kMaxHopperHeadDim * 2",
-            "load_shared_16(fresh_row(slot) + thread * 16)",
-        ],
-    ),
+    "hopper, __syncwarp": ("hopper", SYNC_WARP, GROUP_OF_7, ["query_row(warpgroup)[first_row + row] ="]),
     "hopper, arrivals": (
         "hopper",
         ARRIVAL,
         GROUP_OF_7,
-        ["return merge_rows()[number];", "if (lane == 0) segment(slot) = s;"],
+        ["return merge_rows()[number];", "if (lane == 0) segment(kSegments * warpgroup"],
     ),
     "hopper, barrier of a warpgroup": (
         "hopper",
@@ -151,7 +140,7 @@ DISREGARDED: dict[str, tuple[str, int, Case, list[str]]] = {
         "hopper",
         NAMED_BARRIER << 3,
         FEW_ROWS,
-        ["scratch[warp] = highest;", "peak = fmaxf(peak, scratch[w]);"],
+        ["products race"],
     ),
     "hopper, the copy engine": ("hopper", LANDING, GROUP_OF_7, ["a tensor copy for the barrier"]),
     "hopper, products": ("hopper", PRODUCT_WAIT, GROUP_OF_7, ["products race"]),
@@ -180,19 +169,19 @@ def test_disregarded_synchronisation_is_missed(races: Races, name: str) -> None:
 FAULTS = {
     "merge rows": (
         "hopper.cuh",
-        "    __syncwarp();\n    if (lane == 0) barrier_arrive(merge_barrier(), 1);",
-        "    if (lane == 0) barrier_arrive(merge_barrier(), 1);",
+        "    barrier_arrive(merge_barrier(), 1);",
+        "    if (lane == 0) barrier_arrive(merge_barrier(), 32);",
         "data races",
     ),
     "new token": (
         "hopper.cuh",
-        "      __syncwarp();\n      if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 1);",
-        "      if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 1);",
+        "    barrier_arrive(segment_barrier(slot, 0), 1);",
+        "    if (lane == 0) barrier_arrive(segment_barrier(slot, 0), 32);",
         "data races",
     ),
     "scratch of the merge": (
         "merge.cuh",
-        "      worker.synchronize();\n      const int first_warp",
+        "      worker.exchange(turn);\n      const int first_warp",
         "      const int first_warp",
         "data races",
     ),
@@ -211,6 +200,6 @@ FAULTS = {
 def test_faults_in_the_kernel_are_found(race_build: RaceBuild, name: str) -> None:
     file, before, after, text = FAULTS[name]
     library = race_build.with_fault(name.replace(" ", "_"), "hopper_64", file, before, after)
-    case = FEW_ROWS if file == "merge.cuh" else replace(GROUP_OF_7, prefix_length=500)
+    case = FEW_ROWS if file == "merge.cuh" else replace(GROUP_OF_7, prefix_length=500, rotary_dim=64)
     with pytest.raises(AssertionError, match=text):
         Races(library).check(case, **KERNELS["hopper"])

@@ -51,6 +51,7 @@ class Tuning(ctypes.Structure):
         for name in (
             "algorithm", "prefix_rows", "context_rows", "pipeline_depth", "blocks_per_sm", "prefix_cost",
             "context_cost", "l2_prefetch_mb", "copies_in_flight", "tokens_per_launch",
+            "wide_keys",
         )
     )  # fmt: skip
 
