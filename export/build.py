@@ -41,7 +41,9 @@ ALIAS_VARIABLE = "RELAY_TENSORRT_ALIAS_CACHE"
 class BuildOptions:
     """What an engine is built for.
 
-    max_batch, opt_batch: requests that decode together, at most and as tuned for (None: a quarter of it).
+    max_batch, opt_batch: requests that decode together, at most and as tuned for. None: max_batch with a
+        chunk of 1, as linear layers tuned for 64 rows take 1 row in the same time: that of reading the
+        weights. Else a quarter of it, as what Myelin has is slower when tuned for many rows.
     prefill_batch, chunk: rows and tokens of one prefill call; longer prompts go in several calls. With a
         chunk of 1 the plan has no profile for prefill: prompts go token by token through decode's, with up to
         max_batch rows.
@@ -145,7 +147,8 @@ def _info(artifact: Artifact, box: Box, library: Path, options: BuildOptions) ->
     manifest, static = artifact.manifest, artifact.manifest.prefix.mode == "static"
     most = options.max_batch
     chunk = min(options.chunk, _max_context(manifest, options))
-    decode = Profile((1, options.opt_batch or max(most // 4, 1), most), (1, 1, 1))
+    tuned_for = options.opt_batch or (most if chunk == 1 else max(most // 4, 1))
+    decode = Profile((1, tuned_for, most), (1, 1, 1))
     prefill = Profile((1, 1, min(options.prefill_batch, most)), (1, chunk, chunk))
     return EngineInfo(
         box=box,
@@ -224,6 +227,8 @@ def _build(
     if strongly_typed is None:
         config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        if len(info.profiles) == 1:
+            _flatten_products(trt, network)
         _pin_types(trt, network, ir.load(artifact.file(MODEL_NAME)))
     if info.refit:
         _mark_refittable(trt, network, config, artifact.manifest)
@@ -279,22 +284,67 @@ def _parse(trt: Any, artifact: Artifact, network: Any, logger: Any) -> None:
 
 
 def _only_token(trt: Any, network: Any) -> None:
-    """Of one token a row the last is no choice: a reshape takes the place of the graph's GatherND.
-
-    TensorRT 8.6 leaves GatherND to Myelin, and with it, it seems, all linear layers after the last plugin.
-    """
+    """Of one token a row the last is no choice: a reshape, which costs nothing, takes the place of the
+    graph's GatherND, a kernel."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     for gather in layers:
         if (gather.name, gather.type) != (LAST_TOKEN, trt.LayerType.GATHER):
             continue
-        hidden, last = gather.get_input(0), gather.get_output(0)
-        reshape = network.add_shuffle(hidden)
-        reshape.reshape_dims = (-1, hidden.shape[-1])  # [batch, 1, width] -> [batch, width]
-        for layer in layers:
-            for index in range(layer.num_inputs):
-                operand = layer.get_input(index)
-                if operand is not None and operand.name == last.name:
-                    layer.set_input(index, reshape.get_output(0))
+        hidden = gather.get_input(0)  # [batch, 1, width]
+        last = _reshaped(network, hidden, (-1, hidden.shape[-1]), f"{LAST_TOKEN}/rows")
+        _redirect(_uses(layers, gather.get_output(0)), last)
+
+
+def _flatten_products(trt: Any, network: Any) -> None:
+    """Where each row has one token, products of activations [batch, 1, K] with a matrix [1, K, N] become
+    products of [1, batch, K]. Products of the same tensor keep one: TensorRT merges them.
+
+    What TensorRT 8.6 leaves to Myelin it computes as one product for each row of the batch, each reading the
+    weights again.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    found = []  # all shapes before the first change
+    for product in layers:
+        if product.type != trt.LayerType.MATRIX_MULTIPLY or product.get_output(0).is_network_output:
+            continue
+        tokens, matrix = (tuple(product.get_input(index).shape) for index in range(2))
+        if len(tokens) != 3 or len(matrix) != 3 or matrix[0] != 1 or min(matrix) < 1:
+            continue
+        columns = product.get_output(0).shape[-1]
+        width = matrix[1] if columns == matrix[2] else matrix[2]  # [1, N, K] where it is used transposed
+        if tokens[:2] == (-1, -1) and tokens[2] in (-1, width):
+            found.append((product, width, columns))
+    flat: dict[str, Any] = {}  # by what is flattened
+    for product, width, columns in found:
+        tokens, result = product.get_input(0), product.get_output(0)
+        if tokens.name not in flat:
+            flat[tokens.name] = _reshaped(network, tokens, (1, -1, width), f"tokens/{tokens.name}")
+        uses = _uses(layers, result)
+        product.set_input(0, flat[tokens.name])
+        _redirect(uses, _reshaped(network, result, (-1, 1, columns), f"tokens/{result.name}/rows"))
+
+
+def _reshaped(network: Any, tensor: Any, shape: tuple[int, ...], name: str) -> Any:
+    layer = network.add_shuffle(tensor)
+    if layer is None:
+        raise ExportError(f"TensorRT cannot make the layer {name}")
+    layer.name, layer.reshape_dims = name, shape
+    return layer.get_output(0)
+
+
+def _uses(layers: list[Any], tensor: Any) -> list[tuple[Any, int]]:
+    """(layer, index) of each operand that is the tensor."""
+    operands = ((layer, index) for layer in layers for index in range(layer.num_inputs))
+    return [
+        (layer, index)
+        for layer, index in operands
+        if (operand := layer.get_input(index)) is not None and operand.name == tensor.name
+    ]
+
+
+def _redirect(uses: list[tuple[Any, int]], tensor: Any) -> None:
+    for layer, index in uses:
+        layer.set_input(index, tensor)
 
 
 def _pin_types(trt: Any, network: Any, model: ir.Model) -> None:

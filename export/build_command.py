@@ -17,7 +17,11 @@ def add_build_command(subparsers: Any) -> None:
     build.add_argument("artifact", metavar="OUT", help="artifact folder, exported with --target tensorrt")
     sizes = (
         ("--max-batch", 64, "requests that decode together, at most"),
-        ("--opt-batch", None, "requests that the decode kernels are chosen for (a quarter of --max-batch)"),
+        (
+            "--opt-batch",
+            None,
+            "requests to choose decode kernels for (--max-batch; a quarter if --chunk is not 1)",
+        ),
         ("--prefill-batch", 8, "rows of one prefill call, if --chunk is not 1"),
         ("--chunk", 512, "tokens of one prefill call; 1: the plan decodes only, prompts go token by token"),
         ("--max-context", None, "tokens of one request beside the system prompt (the artifact's)"),

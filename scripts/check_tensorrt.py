@@ -41,6 +41,8 @@ TIE = 3e-2  # of the largest logit: what float16 engines may differ by, as in ex
 START = time.monotonic()
 OK, FAIL, NOTE = "ok  ", "FAIL", "      . "
 DEFAULT_LEVEL = 3  # TensorRT's own
+PROFILED = 10  # steps
+LARGE: dict[str, dict[str, int]] = {"large": {"chunk": 1}, "large2": {"chunk": 128, "prefill_batch": 8}}
 
 
 # ---- artifacts ----
@@ -102,8 +104,8 @@ def build(work: Path, name: str, level: int | None, **options: Any) -> str:
     from relay_attention.export.build import BuildOptions, build_engine
 
     sizes = {"max_batch": 16, "prefill_batch": 4, "chunk": 32}
-    if name == "large":
-        sizes = {"max_batch": max(large_model.BATCHES), "chunk": 1}  # a second profile takes minutes
+    if name in LARGE:
+        sizes = {"max_batch": max(large_model.BATCHES), **LARGE[name]}
     common = {"optimization_level": level, "verbose": True, "timing_cache": work / "timing.cache"}
     chosen = BuildOptions(**(sizes | common | options))
     assert chosen.timing_cache is not None
@@ -117,8 +119,8 @@ def build(work: Path, name: str, level: int | None, **options: Any) -> str:
     text = log.read_text("utf-8")
     for line in slowest(text):
         print(f"{NOTE}{name}: {line}", flush=True)
-    if linear := linear_layers(text):  # a row of its own: the plan is there, whatever its types
-        row(f"{name}: linear layers run in float16")(lambda: in_float16(linear))
+    if re.search(r"^Layer\(", text, re.MULTILINE):  # a row of its own: the plan is there, whatever its types
+        row(f"{name}: linear layers run in float16")(lambda: in_float16(linear_layers(text)))
     else:
         print(f"{NOTE}{name}: the builder's log does not say in what types linear layers run", flush=True)
     built_at(work, name).write_text(str(level))
@@ -169,7 +171,7 @@ def in_float16(layers: list[str]) -> str:
     """The artifacts here have no product in float32."""
     wide = [layer.split(",")[0] for layer in layers if "(Float[" in layer]
     assert not wide, f"{len(wide)} of {len(layers)} take or give float32: {', '.join(wide[:3])}"
-    return f"{len(layers)} layers, all profiles together"
+    return f"all {len(layers)} outside Myelin" if layers else "none outside Myelin"
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -241,7 +243,7 @@ def refused(action: Callable[[], Any], *expected: str) -> str:
 
 
 def step_build(work: Path, name: str, level: int | None) -> None:
-    refit = {"refit": False} if name == "large" else {}
+    refit = {"refit": False} if name in LARGE else {}
     row(f"{name}: build")(lambda: build(work, name, level, **refit))
 
 
@@ -301,10 +303,10 @@ def step_demo(work: Path) -> None:
         return f"{right} of {len(requests)} right, {equal} the same as ONNX Runtime's"
 
 
-def step_large(work: Path, level: int | None) -> None:
-    """Logits against ONNX Runtime on CUDA, and times beside its times, of the same run and method. Prompts go
-    token by token: the plan decodes only."""
-    folder, peer = work / "large", work / "peer.npz"
+def step_large(work: Path, level: int | None, name: str = "large") -> None:
+    """Logits against ONNX Runtime on CUDA, and times beside its times, of the same run and method; then where
+    a step's time goes. The plan of `large` decodes only: prompts go token by token."""
+    folder, peer = work / name, work / "peer.npz"
     from relay_attention.runtime.artifact import Artifact
 
     vocab = Artifact.open(folder).manifest.geometry.vocab_size
@@ -314,7 +316,7 @@ def step_large(work: Path, level: int | None) -> None:
     their_times = json.loads(str(theirs["times"])) if theirs is not None else {}
     for batch in large_model.BATCHES:
 
-        @row(f"large: logits at batch {batch} against ONNX Runtime CUDA")
+        @row(f"{name}: logits at batch {batch} against ONNX Runtime CUDA")
         def _() -> str:
             found = large_model.decode(backend, batch, vocab)  # noqa: B023
             assert theirs is not None, "peer.npz is not there"
@@ -327,7 +329,7 @@ def step_large(work: Path, level: int | None) -> None:
         backend._use_graphs = graph  # loading 2 GB again would take longer than all else
         for batch in large_model.BATCHES:
 
-            @row(f"large: decode at batch {batch}, {'CUDA graph' if graph else 'no graph'}, level {level}")
+            @row(f"{name}: decode at batch {batch}, {'CUDA graph' if graph else 'no graph'}, level {level}")
             def _() -> str:
                 ours, other = large_model.decode_times(backend, batch), their_times.get(str(batch))  # noqa: B023
                 text = f"step {ours['step']:.3f} ms, token {ours['token']:.3f} ms"
@@ -339,7 +341,68 @@ def step_large(work: Path, level: int | None) -> None:
                     f"{ratio['step']:.2f}x, {ratio['token']:.2f}x as fast"
                 )
 
+    # last: what a profiler is attached to is slower from then on
+    row(f"{name}: profile by layer")(lambda: profile(backend, name))
     backend.close()
+
+
+def profile(backend: Any, name: str) -> str:
+    """Milliseconds by TensorRT's own profiler, without CUDA graph, as notes: by kind for each batch size, and
+    the slowest layers of the largest. A profiled step may take longer than others."""
+    import tensorrt
+
+    class Profiler(tensorrt.IProfiler):
+        def __init__(self) -> None:
+            tensorrt.IProfiler.__init__(self)
+            self.steps: list[dict[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.steps[-1][layer_name] = self.steps[-1].get(layer_name, 0.0) + ms
+
+    most, profiler = max(large_model.BATCHES), Profiler()
+    backend._use_graphs = False
+    execution = backend._contexts[0].execution
+    execution.enqueue_emits_profile = True  # a step waits and reports
+    execution.profiler = profiler
+    batches = sorted({1, max(most // 4, 1), most})
+    for batch in batches:
+        ids, lens = np.full((batch, 1), 5, np.int32), np.full(batch, large_model.CONTEXT, np.int32)
+        profiler.steps.clear()
+        for _ in range(PROFILED + 2):
+            profiler.steps.append({})
+            backend.step(0, ids, lens, np.ones(batch, np.int32))
+        steps = profiler.steps[2:]
+        assert all(steps), f"a step of {batch} rows reported no layer"
+        times = {layer: float(np.median([step.get(layer, 0.0) for step in steps])) for layer in steps[0]}
+        kinds: dict[str, float] = dict.fromkeys(
+            ("linear layers", "Myelin", "RelayAttention", "the rest"), 0.0
+        )
+        for layer, ms in times.items():
+            kinds[layer_kind(layer)] += ms
+        shown = ", ".join(f"{kind} {ms:.3f}" for kind, ms in kinds.items())
+        print(f"{NOTE}{name}: profile at batch {batch}: {sum(times.values()):.3f} ms: {shown}", flush=True)
+    for layer, ms in sorted(times.items(), key=lambda item: -item[1])[:8]:
+        print(f"{NOTE}{name}: profile at batch {batch}: {ms:.3f} ms {layer[:120]}", flush=True)
+    return f"medians of {PROFILED} steps at batch {', '.join(map(str, batches))}, no graph"
+
+
+def layer_kind(layer: str) -> str:
+    """By the name that a layer has in the plan; copies for a linear layer are none."""
+    if "ForeignNode" in layer:
+        return "Myelin"
+    if layer.startswith("node_linear"):
+        return "linear layers"
+    return "RelayAttention" if layer.startswith("RelayAttention") else "the rest"
+
+
+def step_large2(work: Path, level: int | None) -> None:
+    """The same model with two profiles, in a folder of its own: the other plan stays."""
+    folder = work / "large2"
+    shutil.rmtree(folder, ignore_errors=True)
+    # links: its weights are 2 GB
+    shutil.copytree(work / "large", folder, copy_function=os.link, ignore=shutil.ignore_patterns("engine"))
+    step_build(work, "large2", level)
+    step_large(work, level, "large2")
 
 
 def step_refit(work: Path, level: int | None) -> None:
@@ -568,6 +631,7 @@ def run_step(name: str, work: Path, level: int | None) -> None:
         "agree": lambda: step_agree(work, argument),
         "demo": lambda: step_demo(work),
         "large": lambda: step_large(work, level),
+        "large2": lambda: step_large2(work, level),
         "refit": lambda: step_refit(work, level),
         "bind": lambda: step_bind(work),
         "refused": lambda: step_refused(work),
@@ -682,6 +746,7 @@ def plan_steps(work: Path, peer: str | None, level: int) -> tuple[list[Step], li
             own("build:large", 60, 500, "fill"),
             Step("peer", timing, 30, 100, ("fill",), made=work / "peer.npz"),
             own("large", 30, 150, "build:large", uses=("peer",)),
+            own("large2", 100, 400, "fill", uses=("peer",)),
         ]
     then += [
         own("build:input", 60, 300),

@@ -11,8 +11,8 @@
 #   one, ort/env.sh, which lets PYTHON import onnxruntime-gpu:
 #   scripts/test_tensorrt.sh check [--seconds N] [--level N] [--only NAME[,NAME...]]
 #     scripts/check_tensorrt.py; its logs go to $OUT too. --only: these steps and what they need that is not there:
-#     names adapters fill build:large peer large build:input bind build:small agree:small refit refused no_cudnn
-#     build:demo demo build:large@3 large@3 levels
+#     names adapters fill build:large peer large large2 build:input bind build:small agree:small refit refused
+#     no_cudnn build:demo demo build:large@3 large@3 levels
 #   scripts/test_tensorrt.sh adapters   the test host of every major alone
 # GPU times, and those of a build too, are only as good as the machine is idle.
 set -euo pipefail

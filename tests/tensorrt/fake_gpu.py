@@ -2,9 +2,9 @@
 
 Not TensorRT. Device memory is host memory in which every access is checked against what was allocated. Work
 is queued and runs when the stream is waited for, so that a wait that was forgotten gives wrong results. An
-engine is the artifact's model.onnx in ONNX Runtime on the CPU, run at the addresses and shapes that were
-bound. Only names that the real modules have are here: an attribute that a version lacks is an AttributeError,
-as it would be there.
+engine is the artifact's model.onnx in ONNX Runtime on the CPU, with the layers that were added and operands
+as they were set, run at the addresses and shapes that were bound. Only names that the real modules have are
+here: an attribute that a version lacks is an AttributeError, as it would be there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
 INT32, INT64, BOOL = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
 # layers of onnx-tensorrt 8.6; the others are elementwise
@@ -62,6 +63,7 @@ class Gpu:
         self.version = "8.6.0"
         self.fail_enqueue = False
         self.alias: str | None = None
+        self.layer_times: dict[str, float] = {}  # milliseconds that a profiler is told
 
     def view(self, address: int, nbytes: int) -> np.ndarray:
         """The bytes at a device address; an access beyond an allocation is an illegal address."""
@@ -104,6 +106,11 @@ class Severity(Enum):
 class ILogger:
     Severity = Severity
 
+    def __init__(self) -> None:
+        pass
+
+
+class IProfiler:
     def __init__(self) -> None:
         pass
 
@@ -244,7 +251,7 @@ def cuda_runtime(gpu: Gpu) -> ModuleType:
 
 
 class Engine:
-    """What a fake plan says: the path of model.onnx, and the profiles' shapes by input."""
+    """What a fake plan says: the path of model.onnx, its graph as edited, the profiles' shapes by input."""
 
     def __init__(self, gpu: Gpu, plan: dict[str, Any]):
         from relay_attention.plugins import library_path
@@ -258,8 +265,10 @@ class Engine:
             value = np.frombuffer(bytes.fromhex(data), dtype).reshape(shape)
             self.kept.append(onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()))
             options.add_initializer(name, self.kept[-1])
+        weights = str(Path(plan["model"]).parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
         self.session = onnxruntime.InferenceSession(
-            plan["model"], options, providers=["CPUExecutionProvider"]
+            bytes.fromhex(plan["graph"]), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {value.name: value.type for value in self.session.get_inputs()}
         self.outputs = {value.name: value.type for value in self.session.get_outputs()}
@@ -283,6 +292,8 @@ class Context:
         self.profile: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.profiler: Any = None
+        self.enqueue_emits_profile = True
 
     def set_optimization_profile_async(self, index: int, stream_handle: int) -> bool:
         self.profile = self.engine.plan["profiles"][index]
@@ -309,6 +320,10 @@ class Context:
         assert set(self.shapes) == set(engine.inputs), "a shape was not set"
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         gpu.streams[stream_handle].add(lambda: self.run(shapes, addresses))
+        if self.profiler is not None and self.enqueue_emits_profile:  # the real one waits and reports
+            gpu.streams[stream_handle].run()
+            for name, ms in gpu.layer_times.items():
+                self.profiler.report_layer_time(name, ms)
         return True
 
     def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
@@ -326,6 +341,88 @@ class Context:
             )
         rows, sequence = shapes["input_ids"]
         gpu.launches.append(f"enqueue {rows}x{sequence}")
+
+
+def elem_type(value: onnx.ValueInfoProto) -> int:
+    return value.type.tensor_type.elem_type
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph with the shapes that a parser knows; an attention's output has its query's."""
+    attentions = [node for node in model.graph.node if node.op_type == "RelayAttention"]
+    for _ in range(len(attentions) + 1):
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        values = {value.name: value for value in graph.value_info}
+        shaped = {name for name, value in values.items() if value.type.tensor_type.HasField("shape")}
+        known = onnx.ModelProto()
+        known.CopyFrom(model)
+        known.graph.CopyFrom(graph)
+        model = known
+        for node in attentions:
+            if node.output[0] not in shaped and node.input[0] in shaped:
+                made = onnx.ValueInfoProto()
+                made.CopyFrom(values[node.input[0]])
+                made.name = node.output[0]
+                model.graph.value_info.append(made)
+    return graph
+
+
+def edited_graph(model: onnx.ModelProto, layers: list[Any]) -> onnx.ModelProto:
+    """The model with the layers of a network that were added, and its nodes' operands as they are now."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph, taken = made.graph, {name for node in model.graph.node for name in node.output}
+    nodes: list[onnx.NodeProto] = []
+    for layer in layers:
+        operands = [operand.name if operand is not None else "" for operand in layer.inputs]
+        if layer.added:
+            assert layer.output.name not in taken, f"{layer.output.name} is of two layers"
+            nodes += _nodes_of(layer, operands)
+        elif layer.node is not None:  # the others, of weights and broadcasting, the nodes have in them
+            nodes.append(onnx.NodeProto())
+            nodes[-1].CopyFrom(layer.node)
+            for index, (name, before) in enumerate(zip(operands, layer.parsed, strict=True)):
+                if name != before:
+                    nodes[-1].input[index] = name
+    values = {value.name: value for value in with_shapes(model).value_info}
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(_sorted(nodes))
+    for layer in layers:
+        # sizes of no name would be -1 after an attention: ONNX Runtime has it so for custom operators
+        if layer.added and layer.type.name == "SHUFFLE" and layer.inputs[0].name in values:
+            size = [f"{layer.output.name}/{axis}" for axis in range(len(layer.output.shape))]
+            dtype = elem_type(values[layer.inputs[0].name])
+            graph.value_info.append(helper.make_tensor_value_info(layer.output.name, dtype, size))
+    return made
+
+
+def _nodes_of(layer: Any, operands: list[str]) -> list[onnx.NodeProto]:
+    """Of a layer that was added."""
+    kind, out = layer.type.name, layer.output.name
+    assert kind == "SHUFFLE", f"{kind} is not computed here"
+    value = numpy_helper.from_array(np.array(layer.reshape_dims))
+    shape = helper.make_node("Constant", [], [f"{out}/shape"], value=value)
+    return [shape, helper.make_node("Reshape", [*operands, f"{out}/shape"], [out])]
+
+
+def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Each after what it takes."""
+    makers = {name: node for node in nodes for name in node.output if name}
+    done: list[onnx.NodeProto] = []
+    seen: set[int] = set()
+
+    def visit(node: onnx.NodeProto) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        for name in node.input:
+            if name in makers:
+                visit(makers[name])
+        done.append(node)
+
+    for node in nodes:
+        visit(node)
+    return done
 
 
 def make_tensorrt(gpu: Gpu) -> ModuleType:
@@ -392,9 +489,16 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
 
         def add_shuffle(self, tensor: Tensor) -> Layer:
             name = f"(Unnamed Layer* {len(self.layers)}) [Shuffle]"
-            self.layers.append(Layer(name, "SHUFFLE", Tensor(f"{name}_output", tensor.dtype), [tensor]))
+            output = Tensor(f"{name}_output", tensor.dtype, shape=tensor.shape)
+            made = Layer(name, "SHUFFLE", output, [tensor])
+            made.added = True
+            self.layers.append(made)
             self.num_layers += 1
-            return self.layers[-1]
+            return made
+
+        def edited(self, model: onnx.ModelProto) -> onnx.ModelProto:
+            """The graph that was parsed, with the layers that were added and the operands as they are now."""
+            return edited_graph(model, self.layers)
 
     if major >= 10:
         Network.mark_weights_refittable = lambda self, name: self.refittable.append(name) or True  # type: ignore[attr-defined]
@@ -407,11 +511,14 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             proto = onnx.load(path, load_external_data=False)
             network = self.network
             gpu.alias = os.environ.get("RELAY_TENSORRT_ALIAS_CACHE")  # what a creator would see
-            network.model = path
-            network.inputs = [SimpleNamespace(name=value.name) for value in proto.graph.input]
+            network.model, network.proto = path, proto
+            network.inputs = [
+                Tensor(value.name, "INT32" if elem_type(value) == INT32 else "FLOAT", proto.graph)
+                for value in proto.graph.input
+            ]
             network.outputs = [SimpleNamespace(name=value.name) for value in proto.graph.output]
             network.num_inputs, network.num_outputs = len(network.inputs), len(network.outputs)
-            network.layers = layers_of(proto.graph)
+            network.layers = layers_of(proto)
             network.num_layers = len(network.layers)
             network.shapes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
             if gpu.registry.find("RelayAttention", "1", "relay") is None:
@@ -425,26 +532,54 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
     class Tensor:
         """Real ones are float32 whatever the graph says, as the log of TensorRT 8.6.0's parser has them."""
 
-        def __init__(self, name: str, dtype: str, graph: onnx.GraphProto | None = None):
+        def __init__(
+            self,
+            name: str,
+            dtype: str,
+            graph: onnx.GraphProto | None = None,
+            shape: Sequence[int] | None = None,
+        ):
             self.name, self.dtype = name, dtype
             self.is_network_output = graph is not None and name in {value.name for value in graph.output}
-            shapes = (
-                {} if graph is None else {value.name: value.type.tensor_type for value in graph.value_info}
-            )
-            if name in shapes:
-                self.shape = tuple(dim.dim_value or -1 for dim in shapes[name].shape.dim)
+            if shape is not None:
+                self.shape = tuple(shape)
+            elif graph is not None:
+                for value in (*graph.value_info, *graph.input):
+                    if value.name == name and value.type.tensor_type.HasField("shape"):
+                        self.shape = tuple(dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim)
+                for tensor in graph.initializer:
+                    if tensor.name == name:
+                        self.shape = tuple(tensor.dims)
 
     class Layer:
         def __init__(self, name: str, kind: str, output: Tensor, inputs: list[Tensor | None]):
             self.name, self.type, self.num_outputs = name, getattr(LayerType, kind), 1
             self.output, self.precision = output, None
-            self.inputs, self.num_inputs = inputs, len(inputs)
+            self.inputs, self.parsed = inputs, [each.name if each is not None else "" for each in inputs]
+            self.added = False
+            self.node: onnx.NodeProto | None = None  # that it was parsed from
             self.output_types: dict[int, Any] = {}
+
+        @property
+        def num_inputs(self) -> int:
+            return len(self.inputs)
+
+        @property
+        def reshape_dims(self) -> tuple[int, ...]:
+            return self.output.shape
+
+        @reshape_dims.setter
+        def reshape_dims(self, shape: tuple[int, ...]) -> None:
+            assert self.type.name == "SHUFFLE"
+            assert shape.count(-1) <= 1
+            self.output.shape = tuple(shape)
 
         def get_input(self, index: int) -> Tensor | None:
             return self.inputs[index]
 
         def set_input(self, index: int, tensor: Tensor) -> None:
+            if (self.type.name, index) == ("MATRIX_MULTIPLY", 0):
+                self.output.shape = (*tensor.shape[:-1], self.output.shape[-1])
             self.inputs[index] = tensor
 
         def get_output(self, index: int) -> Tensor:
@@ -454,20 +589,22 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             assert self.output.dtype == "FLOAT", f"{self.name} computes {self.output.dtype}"
             self.output_types[index] = dtype
 
-    def layers_of(graph: onnx.GraphProto) -> list[Layer]:
+    def layers_of(model: onnx.ModelProto) -> list[Layer]:
         """As onnx-tensorrt 8.6 makes them: a weight is a constant; broadcasting, Gemm's bias and further
         operands are layers of their own, of which only the last output has a name of the graph."""
+        graph = with_shapes(model)
         integers = {
             value.name for value in graph.input if value.type.tensor_type.elem_type in (INT32, INT64, BOOL)
         } | {tensor.name for tensor in graph.initializer if tensor.data_type in (INT32, INT64, BOOL)}
         weights = {tensor.name for tensor in graph.initializer}
         layers: list[Layer] = []
 
-        def add(name: str, kind: str, dtype: str, output: str = "", inputs: Sequence[str] = ()) -> None:
+        def add(name: str, kind: str, dtype: str, output: str = "", inputs: Sequence[str] = ()) -> Tensor:
             unnamed = f"(Unnamed Layer* {len(layers)}) [{kind.title()}]"
             made = Tensor(output or f"{unnamed}_output", dtype, graph)
             operands = [Tensor(name, "FLOAT", graph) if name else None for name in inputs]
             layers.append(Layer(name or unnamed, kind, made, operands))
+            return made
 
         for node in graph.node:
             to = [attribute.i for attribute in node.attribute if attribute.name == "to"]
@@ -481,11 +618,22 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
                     add("", "SHUFFLE", "INT32" if name in integers else "FLOAT")
             if node.op_type == "Expand":
                 add("", "ELEMENTWISE", "INT32")  # of the two shapes
-            if node.op_type == "Gemm":
+            if node.op_type == "Gemm" and len(node.input) > 2:
                 add(node.name, kind, dtype, inputs=node.input[:2])
+                layers[-1].node = node
                 add("", "ELEMENTWISE", dtype, node.output[0])
-            else:
-                add(node.name, kind, dtype, node.output[0], node.input)
+                continue
+            product = add(node.name, kind, dtype, node.output[0], node.input)
+            layers[-1].node = node
+            if node.op_type == "MatMul":
+                tokens, matrix = (each.shape for each in layers[-1].inputs if each is not None)
+                product.shape = (*tokens[:-1], matrix[-1])
+                if len(matrix) < len(tokens):  # of the same rank as the other
+                    made = layers.pop()
+                    shuffled = add("", "SHUFFLE", dtype)
+                    shuffled.shape = (*[1] * (len(tokens) - len(matrix)), *matrix)
+                    made.inputs[1], made.parsed[1] = shuffled, shuffled.name
+                    layers.append(made)
         return layers
 
     class OptimizationProfile(dict):
@@ -557,6 +705,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             refit = bool({"REFIT", "REFIT_INDIVIDUAL"} & config.flags)
             plan = {
                 "model": network.model,
+                "graph": network.edited(network.proto).SerializeToString().hex(),
                 "profiles": config.profiles,
                 "refit": refit,
                 "weights": {},
@@ -575,7 +724,8 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1},
         11: {"STRONGLY_TYPED": 0},
     }
-    module.layers_of = layers_of  # for tests of networks without a file
+    module.layers_of, module.Tensor = layers_of, Tensor  # for tests of networks without a file
+    module.IProfiler = IProfiler
     module.Runtime, module.Refitter, module.Weights = Runtime, Refitter, lambda array: array
     module.Builder, module.OnnxParser, module.LayerType = Builder, OnnxParser, LayerType
     module.BuilderFlag = Enum("BuilderFlag", flags)

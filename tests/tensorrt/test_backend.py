@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from fake_gpu import Gpu, installed
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from relay_attention.errors import BackendError, ExportError, RelayError
 from relay_attention.runtime.artifact import Artifact
@@ -155,7 +155,7 @@ def test_decode_only(gpu: Gpu, exported: dict[str, Path], tmp_path: Path, kind: 
     folder = copied(exported[kind], tmp_path / "artifact")
     build(folder, chunk=1)
     (profile,) = gpu.config.profiles  # type: ignore[attr-defined]
-    assert profile["input_ids"] == [[1, 1], [3, 1], [12, 1]]
+    assert profile["input_ids"] == [[1, 1], [12, 1], [12, 1]], "not tuned for max_batch"
     pair = Pair(load(folder, cuda_graph=graph), reference(folder), max_batch=8)
     pair.step(0, [0, 0, 0, 0, 0], [5, 1, 9, 0, 7], 12)
     assert gpu.launches == (["enqueue 8x1"] + ["graph 8x1"] * 8 if graph else ["enqueue 5x1"] * 9)
@@ -671,29 +671,185 @@ def test_exported_for_tensorrt(huggingface: Path, gpu: Gpu, tmp_path: Path) -> N
     assert build(folder) == plan
 
 
-def test_one_token_is_the_last(huggingface: Path, gpu: Gpu, tmp_path: Path) -> None:
-    """A plan that decodes only has a reshape where the graph has GatherND, and all else as it is."""
+@pytest.mark.parametrize("gpu", ["8.6.0", "10.16.0"], indirect=True)
+@pytest.mark.parametrize("chunk", [16, 1])
+def test_one_token_is_the_last(huggingface: Path, gpu: Gpu, tmp_path: Path, chunk: int) -> None:
+    """A plan that decodes only has a reshape where the graph has GatherND; of any version."""
     folder = copied(huggingface, tmp_path / "out")
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     (gather,) = (node for node in graph.node if node.op_type == "GatherND")
     (head,) = (node for node in graph.node if gather.output[0] in node.input)
-    for chunk in (16, 1):
-        build(folder, chunk=chunk)
-        network = gpu.network  # type: ignore[attr-defined]
-        operands = {layer.name: [each and each.name for each in layer.inputs] for layer in network.layers}
-        last = network.layers[-1]
-        if chunk == 1:
-            assert (last.type.name, operands[last.name]) == ("SHUFFLE", [gather.input[0]])
-            assert last.reshape_dims == (-1, 64)
-            assert operands[head.name][0] == last.output.name
-            assert not any(gather.output[0] in names for names in operands.values())
-            operands[head.name][0] = gather.output[0]
+    build(folder, chunk=chunk)
+    network = gpu.network  # type: ignore[attr-defined]
+    operands = {layer.name: [each and each.name for each in layer.inputs] for layer in network.layers}
+    added = {layer.output.name: layer for layer in network.layers if layer.added}
+    if chunk == 1:
+        last = added[operands[head.name][0]]
+        assert (last.type.name, operands[last.name]) == ("SHUFFLE", [gather.input[0]])
+        assert last.reshape_dims == (-1, 64)
+        assert not any(gather.output[0] in names for names in operands.values())
+        operands[head.name][0] = gather.output[0]
+    assert operands[head.name] == [*head.input]
+    if gpu.version != "8.6.0":
+        assert len(added) == (chunk == 1)
         for node in graph.node:
-            assert operands[node.name] == [*node.input][: len(operands[node.name])], node.name
-        assert pinned_types(network)[head.output[0]] == "HALF"
+            layer = next(each for each in network.layers if each.name == node.name)
+            assert layer.parsed == operands[node.name], node.name
+
+
+@pytest.mark.parametrize("chunk", [16, 1])
+def test_products_of_all_rows(huggingface: Path, gpu: Gpu, tmp_path: Path, chunk: int) -> None:
+    """Before TensorRT 10, where each row has one token: every product but the head's has all rows at once,
+    those of a tensor the same one; all else takes [batch, 1, N] again; every pin of the network as parsed is
+    there. With a prefill profile the network stays as it was parsed."""
+    import tensorrt
+
+    from relay_attention.export import build as module
+
+    folder = copied(huggingface, tmp_path / "out")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    build(folder, chunk=chunk)
+    network = gpu.network  # type: ignore[attr-defined]
+    added = {layer.output.name: layer for layer in network.layers if layer.added}
+    nodes = {node.name: node for node in model.graph.node}
+    products = [node for node in nodes.values() if node.op_type == "MatMul"]
+    if chunk > 1:
+        assert not added
+    else:
+        assert {layer.type.name for layer in added.values()} == {"SHUFFLE"}
+        assert len({layer.name for layer in added.values()}) == len(added), "two layers of a name"
+        layers = {layer.name: layer for layer in network.layers}
+        flat: dict[str, set[str]] = {}
+        back: dict[str, str] = {}
+        for node in products[:-1]:  # the last one is the head's, of rank 2
+            tokens, result = layers[node.name].inputs[0], layers[node.name].output
+            assert added[tokens.name].inputs[0].name in (node.input[0], back.get(node.input[0]))
+            assert tokens.shape == (1, -1, network.shapes[node.input[1]][0])
+            assert result.shape == (1, -1, network.shapes[node.input[1]][1])
+            flat.setdefault(node.input[0], set()).add(tokens.name)
+            (reader,) = (
+                each for each in network.layers if result.name in [i and i.name for i in each.inputs]
+            )
+            assert (reader.type.name, reader.added) == ("SHUFFLE", True)
+            back[result.name] = reader.output.name
+            assert reader.reshape_dims == (-1, 1, result.shape[-1])
+        assert all(len(names) == 1 for names in flat.values())
+        assert len(flat) == 8, "not one for q, k, v and one for gate, up of each layer"
+        assert not any(layer.precision or layer.output_types for layer in added.values())
+
+    parsed = tensorrt.Builder(None).create_network(0)
+    assert tensorrt.OnnxParser(parsed, None).parse_from_file(str(folder / "model.onnx"))
+    module._pin_types(tensorrt, parsed, ir.from_proto(model))
+    before, after = pinned_types(parsed), pinned_types(network)
+    assert {name: after[name] for name in before} == before
+    assert {before[node.output[0]] for node in products} == {"HALF"}
+
     pair = Pair(load(folder), reference(folder), max_batch=4)
-    pair.step(0, [0, 0, 0], [4, 1, 7])
-    pair.step(0, [4, 1, 7], [1, 1, 1])
+    pair.step(0, [0, 0, 0, 0], [4, 1, 0, 20])
+    pair.step(0, [4, 1, 0, 20], [1, 1, 1, 1])
+    pair.step(0, [5, 2, 1, 21], [0, 7, 2, 1])
+
+
+def products_model(*matrices: tuple[int, int]) -> Any:
+    """A network of hidden [batch, sequence, K] times one matrix after another, and the model."""
+    import tensorrt
+
+    half, value = onnx.TensorProto.FLOAT16, helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("MatMul", [f"x{index}", f"w{index}"], [f"x{index + 1}"], f"product{index}")
+        for index in range(len(matrices))
+    ]
+    nodes.append(helper.make_node("Add", [f"x{len(matrices)}", "one"], ["out"], "add"))
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(random.integers(-2, 3, shape).astype(np.float16), f"w{index}")
+        for index, shape in enumerate(matrices)
+    ]
+    weights.append(numpy_helper.from_array(np.ones((), np.float16), "one"))
+    inputs = [
+        value("ids", onnx.TensorProto.INT32, ["b", "s"]), value("x0", half, ["b", "s", matrices[0][0]])
+    ]  # fmt: skip
+    graph = helper.make_graph(nodes, "g", inputs, [value("out", half, None)], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    network = tensorrt.Builder(None).create_network(0)
+    network.layers = tensorrt.layers_of(model)
+    network.num_layers = len(network.layers)
+    network.inputs = [
+        tensorrt.Tensor("ids", "INT32", model.graph), tensorrt.Tensor("x0", "FLOAT", model.graph)
+    ]  # fmt: skip
+    network.num_inputs = 2
+    return network, model
+
+
+def test_product_of_a_product(gpu: Gpu) -> None:
+    """The second one takes the first's rows, flattened again."""
+    import onnxruntime
+    import tensorrt
+
+    from relay_attention.export.build import _flatten_products
+
+    network, model = products_model((8, 4), (4, 6))
+    _flatten_products(tensorrt, network)
+    hidden = np.random.default_rng(1).integers(-4, 5, (3, 1, 8)).astype(np.float16)  # exact in any order
+    found, expected = (
+        onnxruntime.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            ["out"], {"x0": hidden, "ids": np.zeros((3, 1), np.int32)}
+        )[0]
+        for each in (network.edited(model), model)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_transposed_matrix(gpu: Gpu) -> None:
+    """[1, N, K], of which the layer takes the transpose: the result's shape says which is N."""
+    import tensorrt
+
+    from relay_attention.export.build import _flatten_products
+
+    network, _ = products_model((8, 4))
+    (product,) = (layer for layer in network.layers if layer.type.name == "MATRIX_MULTIPLY")
+    assert product.inputs[1].shape == (1, 8, 4)
+    product.inputs[1].shape = (1, 4, 8)
+    _flatten_products(tensorrt, network)
+    flat, back = (layer for layer in network.layers if layer.added)
+    assert (flat.reshape_dims, back.reshape_dims) == ((1, -1, 8), (-1, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("index", "shape"),
+    [(0, (-1, 8)), (0, (-1, 3, 8)), (0, (-1, -1, 5)), (1, (8, 4)), (1, (2, 8, 4)), (1, (1, -1, 4))],
+)
+def test_other_products_stay(gpu: Gpu, index: int, shape: tuple[int, ...]) -> None:
+    """What is not [batch, sequence, K] times one matrix, and what makes an output of the network."""
+    import tensorrt
+
+    from relay_attention.export.build import _flatten_products
+
+    network, _ = products_model((8, 4))
+    (product,) = (layer for layer in network.layers if layer.type.name == "MATRIX_MULTIPLY")
+    product.output.is_network_output = True
+    _flatten_products(tensorrt, network)
+    product.output.is_network_output = False
+    product.inputs[index].shape = shape
+    _flatten_products(tensorrt, network)
+    assert not [layer for layer in network.layers if layer.added]
+
+
+@pytest.mark.parametrize("chunk", [16, 1])
+def test_tokens_of_the_scheduler(huggingface: Path, gpu: Gpu, tmp_path: Path, chunk: int) -> None:
+    """The scheduler's, of ragged prompts and reused slots, with and without a prefill profile."""
+    from relay_attention.runtime.decoder import RelayDecoder
+    from relay_attention.runtime.sampling import SamplingParams
+
+    folder = copied(huggingface, tmp_path / "out")
+    build(folder, chunk=chunk)
+    prompts = [[5, 6, 7], [9], list(range(20, 60)), [1, 2]] * 3
+    params = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+    answers = []
+    for backend in ("tensorrt", "onnxruntime"):
+        with RelayDecoder.load(folder, backend=backend, max_batch=5, max_context=64) as decoder:
+            answers.append([result.token_ids for result in decoder.generate(prompts, params)])
+    assert answers[0] == answers[1]
 
 
 def pinned_types(network: Any) -> dict[str, Any]:
@@ -750,7 +906,7 @@ def test_every_layer_of_a_node_is_pinned(gpu: Gpu) -> None:
     outputs = [helper.make_tensor_value_info("out", 1, [2, 2])]
     model = helper.make_model(helper.make_graph(made, "g", inputs, outputs, weights))
     network = tensorrt.Builder(None).create_network(0)
-    network.layers = tensorrt.layers_of(model.graph)
+    network.layers = tensorrt.layers_of(model)
     network.num_layers = len(network.layers)
     module._pin_types(tensorrt, network, ir.from_proto(model))
     pinned = [(layer.type.name, layer.precision) for layer in network.layers if layer.precision]
@@ -761,6 +917,6 @@ def test_every_layer_of_a_node_is_pinned(gpu: Gpu) -> None:
     assert not network.layers[-1].output_types, "the type of the network's output"
     model.graph.node[0].output[0] = "y of int8"
     model.graph.value_info.append(helper.make_tensor_value_info("y of int8", onnx.TensorProto.INT8, [2, 2]))
-    network.layers = tensorrt.layers_of(model.graph)
+    network.layers = tensorrt.layers_of(model)
     with pytest.raises(ExportError, match="Gemm: the graph has y of int8 as INT8"):
         module._pin_types(tensorrt, network, ir.from_proto(model))

@@ -65,7 +65,13 @@ def work(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
             return SimpleNamespace(stdout=json.dumps(found))
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
-    with installed(Gpu(), tmp_path / "plugin.so"):
+    gpu = Gpu()
+    gpu.layer_times = {
+        "{ForeignNode[a...node_linear]}": 0.5, "node_linear_3 || node_linear_4": 0.25,
+        "RelayAttention.0": 0.125,
+        "Reformatting CopyNode for Input Tensor 0 to node_linear_3": 0.0625,
+    }  # fmt: skip
+    with installed(gpu, tmp_path / "plugin.so"):
         yield made
 
 
@@ -75,13 +81,43 @@ def rows(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_steps(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     large_model.time_backend("onnxruntime", work / "large", work / "peer.npz")
-    names = ["build:small", "build:input", "build:large", "agree:small", "large", "refit", "bind", "no_cudnn"]
-    for name in names:
+    names = ["build:small", "build:input", "build:large", "agree:small", "large", "large2", "refit", "bind"]
+    for name in (*names, "no_cudnn"):
         check_tensorrt.run_step(name, work, 1)
     found = rows(capsys)
     assert len(found) > 20
     assert not [line for line in found if line.startswith(FAIL)]
-    assert [": decode only: " in line for line in found if ": build: " in line] == [False, False, True]
+    assert [": decode only: " in line for line in found if ": build: " in line] == [False, False, True, False]
+    one, two = (
+        [line.split(": ")[1] for line in found if f" {name}: " in line and "onnxruntime" not in line]
+        for name in ("large", "large2")
+    )
+    assert one == two
+    assert one[-1] == "profile by layer"
+    assert len(list(work.glob("large*/engine/*.plan"))) == 2, "one plan took the other's place"
+    assert (work / "large2/model.onnx").stat().st_ino == (work / "large/model.onnx").stat().st_ino
+
+
+def test_profile(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """By kind, and the slowest layers; one that fails is a row, after all the times."""
+    monkeypatch.setattr(large_model, "BATCHES", (1, 8))
+    monkeypatch.setattr(check_tensorrt, "PROFILED", 3)
+    check_tensorrt.run_step("build:large", work, 1)
+    large_model.time_backend("onnxruntime", work / "large", work / "peer.npz")
+    capsys.readouterr()
+    check_tensorrt.run_step("large", work, 1)
+    out = capsys.readouterr().out.splitlines()
+    kinds = "0.938 ms: linear layers 0.250, Myelin 0.500, RelayAttention 0.125, the rest 0.062"
+    shown = [line.split(": ", 1)[1] for line in out if line.startswith(check_tensorrt.NOTE)]
+    assert shown[:3] == [f"profile at batch {batch}: {kinds}" for batch in (1, 2, 8)]
+    assert shown[3] == "profile at batch 8: 0.500 ms {ForeignNode[a...node_linear]}"
+    assert len(shown) == 7
+    assert out[-1].startswith(f"{OK}  large: profile by layer: medians of 3 steps at batch 1, 2, 8")
+    monkeypatch.delattr(sys.modules["tensorrt"], "IProfiler")
+    check_tensorrt.run_step("large", work, 1)
+    found = rows(capsys)
+    assert found[-1].startswith(f"{FAIL}  large: profile by layer")
+    assert not [line for line in found[:-1] if line.startswith(FAIL)]
 
 
 def test_refusals(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +142,7 @@ def test_wrong_results_fail(work: Path, capsys: pytest.CaptureFixture[str], monk
         found = [
             line
             for line in rows(capsys)
-            if not any(part in line for part in ("decode at", "new process", "offers"))
+            if not any(part in line for part in ("decode at", "new process", "offers", "profile by"))
         ]
         wrong = [line for line in found if line.startswith(OK) and "refused" not in line]
         assert not wrong, "not noticed"
@@ -219,7 +255,7 @@ def test_linear_layers_in_float32_fail(
     linear, built = rows(capsys)
     assert built.startswith(f"{OK}  small: build")
     if types == ("Half", "Half"):
-        assert linear.startswith(f"{OK}  small: linear layers run in float16: 2 layers")
+        assert linear.startswith(f"{OK}  small: linear layers run in float16: all 2 outside Myelin")
     else:
         assert linear.startswith(FAIL)
         assert "1 of 2 take or give float32: b || c" in linear
@@ -299,8 +335,10 @@ def chosen(work: Path, *only: str, level: int = 1) -> set[str]:
 def test_only(work: Path) -> None:
     large = {"large", "build:large", "peer", "fill"}
     assert chosen(work, "large", "names") == large | {"names"}
+    assert chosen(work, "large2") == {"large2", "peer", "fill"}
     (work / "peer.npz").touch()
     assert chosen(work, "large") == large - {"peer"}
+    assert chosen(work, "large2") == {"large2", "fill"}
     assert chosen(work, "peer") == {"peer", "fill"}
     check_tensorrt.run_step("build:small", work, 1)
     assert chosen(work, "refused") == {"refused"}

@@ -21,11 +21,13 @@ import pytest
 tensorrt = pytest.importorskip("tensorrt", reason="the Python package tensorrt is not installed")
 MAJOR = int(tensorrt.__version__.split(".")[0])
 
-# every name of tensorrt that runtime/tensorrt_backend.py and export/build.py use without asking for it first
+# every name that runtime/tensorrt_backend.py, export/build.py and the check use without asking for it first
 NAMES = {
     "ICudaEngine": "create_execution_context get_tensor_name num_io_tensors num_optimization_profiles "
     "serialize",
-    "IExecutionContext": "execute_async_v3 set_input_shape set_optimization_profile_async set_tensor_address",
+    "IExecutionContext": "enqueue_emits_profile execute_async_v3 profiler set_input_shape "
+    "set_optimization_profile_async set_tensor_address",
+    "IProfiler": "report_layer_time",
     "Runtime": "deserialize_cuda_engine",
     "Refitter": "get_missing_weights refit_cuda_engine set_named_weights",
     "Builder": "build_serialized_network create_builder_config create_network create_optimization_profile",
@@ -60,6 +62,23 @@ if MAJOR < 10:  # networks are not typed
 def test_names(class_name: str) -> None:
     missing = [name for name in NAMES[class_name].split() if not hasattr(getattr(tensorrt, class_name), name)]
     assert not missing, f"tensorrt {tensorrt.__version__}: {class_name} lacks {missing}"
+
+
+def test_profiler_can_be_subclassed() -> None:
+    class Profiler(tensorrt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            raise AssertionError("nothing runs here")
+
+    assert Profiler()
+
+
+def test_dims_are_sequences() -> None:
+    dims = tensorrt.Dims((-1, -1, 4096))
+    assert tuple(dims) == (-1, -1, 4096)
+    assert (len(dims), dims[-1], min(dims)) == (3, 4096, -1)
 
 
 def test_logger_can_be_subclassed() -> None:
