@@ -74,7 +74,7 @@ class Attention {
 
   __device__ __forceinline__ void run() {
     prefetch_prefix();
-    const GridBarrier barrier(a.barrier);
+    const GridBarrier barrier(a.barrier, 0);
     schedule.build(scratch());
     const int worker = blockIdx.x;
     int unit = worker < schedule.totals().workers ? schedule.begin(worker) : schedule.totals().units;
@@ -586,6 +586,10 @@ class Attention {
   }
 
  public:  // for merge()
+  __device__ __forceinline__ static void wait_for_grid(const GridBarrier& barrier) {
+    if (threadIdx.x == 0) barrier.wait();
+    synchronize();
+  }
   __device__ __forceinline__ static void exchange(uint32_t&) { synchronize(); }
   __device__ __forceinline__ MergeRow first_merge_row(int, int index, int rows) const {
     return merge_row(a, schedule, *this, index, rows);

@@ -57,7 +57,7 @@ class HopperAttention {
   // Shared memory; plan.cpp's hopper_bytes adds up the same. The queries, [2 warpgroups, 64 rows], and the
   // ring begin at a.ring_offset.
   static constexpr int kBarrierOffset = 128;
-  static constexpr int kSegmentOffset = kBarrierOffset + (kMaxStages * 2 + 2 * kSegments * 2 + 2) * 8;
+  static constexpr int kSegmentOffset = kBarrierOffset + (kMaxStages * 2 + 2 * kSegments * 2 + 4) * 8;
   static constexpr int kRowsOffset =
       kSegmentOffset + 2 * kSegments * sizeof(Segment);                       // of queries: 2 x 64 ...
   static constexpr int kFreshOffset = kRowsOffset + 2 * 2 * kWorkerRows * 4;  // ... sources, positions
@@ -76,21 +76,27 @@ class HopperAttention {
         schedule{{&arguments.base, kArraysOffset}} {}
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == kHopperConsumers) {
+    // Everything waits for the lengths.
+    const int2 lengths = schedule.ask_lengths();
+    const GridBarrier barrier(a.barrier, kHopperConsumers + 32);
+    if (threadIdx.x % 32 == 0) {
+      constexpr int kWarps = kHopperThreads / 32;
+      const int warp = threadIdx.x / 32;
 #pragma unroll 1
-      for (int i = 0; i < a.depth; ++i) {
+      for (int i = warp; i < a.depth; i += kWarps) {
         barrier_init(full_barrier(i), 1);
         barrier_init(free_barrier(i), 2 * 4);  // four warps of each warpgroup
       }
-#pragma unroll 1
-      for (int i = 0; i < 2 * kSegments; ++i) {
+      if (warp < 2 * kSegments) {
         // All lanes that write for others arrive: racecheck does not follow __syncwarp and one lane's
         // arrival.
-        barrier_init(segment_barrier(i, 0), 32);
-        barrier_init(segment_barrier(i, 1), 4);
+        barrier_init(segment_barrier(warp, 0), 32);
+        barrier_init(segment_barrier(warp, 1), 4);
+      } else if (warp == 2 * kSegments) {
+        barrier_init(merge_barrier(), 32);
+        barrier_init(exchange_barrier(), kHopperConsumers);
+        barrier_init(grid_barrier(), 1);
       }
-      barrier_init(merge_barrier(), 32);
-      barrier_init(exchange_barrier(), kHopperConsumers);
       barrier_init_fence();
     }
     // The queries are asked for before keys and values flood the memory, or they would arrive behind them.
@@ -102,14 +108,18 @@ class HopperAttention {
         prefetch_l2(static_cast<const char*>(p.value) + line * 128);
       }
     }
-    GridBarrier barrier(a.barrier);
-    schedule.build();  // ends with a barrier of the block
+    schedule.build(lengths);  // ends with a barrier of the block
     const int warp = uniform(threadIdx.x / 32);
     // A kernel starts with equal shares of the registers; those who multiply need more of them.
     if (warp >= kHopperConsumers / 32) {
       give_up_registers<72>();
       if (warp < 10) {
         if (threadIdx.x % 32 == 0) copy(warp - 8);
+        // While those who merge prepare for it: waiting alone takes as long as a read of memory.
+        if (threadIdx.x == kHopperConsumers + 32) {
+          barrier.wait();
+          barrier_arrive(grid_barrier(), 1);
+        }
       } else {
         find(warp - 10);
         if (warp == 10) prepare_merge();
@@ -122,7 +132,7 @@ class HopperAttention {
     } else {
       take_registers<216>();
       consume(warp / 4);
-      synchronize();
+      consumer_barrier();
       if (threadIdx.x == 0) barrier.arrive();
       merge<T, kHeadDim, kHopperConsumers / 32>(a, schedule, *this, barrier,
                                                 reinterpret_cast<float*>(dynamic_shared() + a.ring_offset),
@@ -131,7 +141,9 @@ class HopperAttention {
   }
 
   // ---- for merge() ----
-  __device__ __forceinline__ static void synchronize() { consumer_barrier(); }
+  __device__ __forceinline__ static void wait_for_grid(const GridBarrier&) {
+    barrier_wait(grid_barrier(), 0);
+  }
   // compute-sanitizer's racecheck does not follow a barrier of some of the block's warps.
   __device__ __forceinline__ static void exchange(uint32_t& turn) {
     barrier_arrive(exchange_barrier(), 1);
@@ -184,6 +196,10 @@ class HopperAttention {
   }
   __device__ __forceinline__ static SharedAddress exchange_barrier() {
     return segment_barrier(2 * kSegments, 1);
+  }
+  // All blocks of the grid have arrived.
+  __device__ __forceinline__ static SharedAddress grid_barrier() {
+    return segment_barrier(2 * kSegments + 1, 0);
   }
   __device__ __forceinline__ static MergeRow* merge_rows() {
     return reinterpret_cast<MergeRow*>(dynamic_shared() + kMergeOffset);

@@ -121,31 +121,64 @@ struct HopperSchedule : RequestTables {
     describe(walk);
   }
 
-  // Called by all threads of the block; ends with a barrier.
-  __device__ __forceinline__ void build() const {
+  // The lengths of one request, not checked yet: of each lane's, or of each thread's where the batch is
+  // large.
+  __device__ __forceinline__ int2 ask_lengths() const {
+    const RelayParams& p = arguments->params;
+    const int request = threadIdx.x % (p.batch <= 32 ? 32 : kHopperThreads);
+    if (request >= p.batch) return make_int2(0, 0);
+    return make_int2(p.context_lens[request], p.query_lens[request]);
+  }
+
+  // Called by all threads of the block, with ask_lengths(); ends with a barrier.
+  __device__ __forceinline__ void build(int2 asked) const {
     const KernelArguments& a = *arguments;
     const RelayParams& p = a.params;
-    for (int b = threadIdx.x; b < p.batch; b += kHopperThreads) {
-      const Lengths n = read_lengths(p, b);
-      context_len()[b] = n.context;
-      token_start()[b] = n.query;  // for now
-      first_token()[b] = 0;
-      unit_start()[b] = context_units(n.context, n.query);  // for now
-      if (p.rotary_dim > 0 && n.query > 0) {  // as the queries: before the flood of keys and values
-        const int64_t row = int64_t{p.prefix_length + n.context} * p.rotary_dim;
-        prefetch_l2(static_cast<const char*>(p.cos_cache) + row);
-        prefetch_l2(static_cast<const char*>(p.sin_cache) + row);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // A lane for each request: one warp shares out the work while another fills the tables.
+    const bool few = p.batch <= 32 && a.token_end - a.token_begin >= p.batch * p.sequence;
+    Sums sums{};
+    if (few) {
+      if (warp < 2) {
+        const Lengths n = check_lengths(p, asked.x, asked.y);
+        const int units = context_units(n.context, n.query);
+        sums.lowest = n.query > 0 ? n.context : INT32_MAX;
+        if (warp == 0)
+          sums.tokens = __reduce_add_sync(kAllLanes, n.query),
+          sums.units = __reduce_add_sync(kAllLanes, units);
+        else
+          fill_tables(a, p, lane, n, units, sums.lowest);
       }
+    } else {
+      for (int b = threadIdx.x; b < p.batch; b += kHopperThreads) {
+        const Lengths n =
+            b < kHopperThreads && p.batch > 32 ? check_lengths(p, asked.x, asked.y) : read_lengths(p, b);
+        context_len()[b] = n.context;
+        token_start()[b] = n.query;  // for now
+        first_token()[b] = 0;
+        unit_start()[b] = context_units(n.context, n.query);  // for now
+        prefetch_angles(p, n);
+      }
+      __syncthreads();
+      if (warp == 0) sums = count(a, p);
     }
-    __syncthreads();
-    if (threadIdx.x < 32)
-      count(a, p);
-    else if (threadIdx.x == kHopperThreads - 32)
-      prefetch_prefix(a, p);
+    if (warp == 0) {
+      const int first_unit = share_out(a, p, sums);
+      if (!few) fill_tables(p, sums, first_unit);
+    } else if (threadIdx.x == kHopperThreads - 32 && asked.y != INT32_MIN) {
+      prefetch_prefix(a, p);  // behind the lengths
+    }
     __syncthreads();
   }
 
  private:
+  // Over the requests of all lanes. lowest: of this lane's, the position of a first new token.
+  struct Sums {
+    int tokens, units, lowest;
+    int begin, end;                 // requests of this lane
+    int token_before, unit_before;  // of those of the lanes before
+  };
+
   __device__ __forceinline__ int tiles_of(int tokens) const {
     return (tokens * arguments->group + arguments->context_rows - 1) >> arguments->context_rows_log2;
   }
@@ -168,6 +201,14 @@ struct HopperSchedule : RequestTables {
            (blocks_of(position + tokens) - first_block(position));
   }
 
+  // As the queries: before the flood of keys and values.
+  __device__ __forceinline__ void prefetch_angles(const RelayParams& p, const Lengths& n) const {
+    if (p.rotary_dim == 0 || n.query == 0) return;
+    const int64_t row = int64_t{p.prefix_length + n.context} * p.rotary_dim;
+    prefetch_l2(static_cast<const char*>(p.cos_cache) + row);
+    prefetch_l2(static_cast<const char*>(p.sin_cache) + row);
+  }
+
   // While the work is shared out the memory has nothing to do. Asked for evenly over the prefix, so that all
   // who begin anywhere in it find their share in L2; not before the lengths are read, as they would wait.
   __device__ __forceinline__ void prefetch_prefix(const KernelArguments& a, const RelayParams& p) const {
@@ -185,38 +226,27 @@ struct HopperSchedule : RequestTables {
   }
 
   // One warp, each lane consecutive requests.
-  __device__ __forceinline__ void count(const KernelArguments& a, const RelayParams& p) const {
+  __device__ __forceinline__ Sums count(const KernelArguments& a, const RelayParams& p) const {
     const int lane = threadIdx.x;
     const int per_lane = (p.batch + 31) / 32;
-    const int begin = min(lane * per_lane, p.batch), end = min(begin + per_lane, p.batch);
-    if (a.token_end - a.token_begin < p.batch * p.sequence) clip(a, p, begin, end);
-    int tokens_here = 0, units_here = 0, lowest = INT32_MAX;
+    Sums s{0, 0, INT32_MAX, min(lane * per_lane, p.batch), 0, 0, 0};
+    s.end = min(s.begin + per_lane, p.batch);
+    if (a.token_end - a.token_begin < p.batch * p.sequence) clip(a, p, s.begin, s.end);
 #pragma unroll 2
-    for (int b = begin; b < end; ++b) {
+    for (int b = s.begin; b < s.end; ++b) {
       const int tokens = token_start()[b];
-      tokens_here += tokens;
-      units_here += unit_start()[b];
-      if (p.local_window_size > 0 && tokens > 0) lowest = min(lowest, context_len()[b] + first_token()[b]);
+      s.token_before += tokens;
+      s.unit_before += unit_start()[b];
+      if (p.local_window_size > 0 && tokens > 0)
+        s.lowest = min(s.lowest, context_len()[b] + first_token()[b]);
     }
-    int tokens, all_context_units;
-    int token = scan(tokens_here, &tokens), unit = scan(units_here, &all_context_units);
-    if (p.local_window_size > 0)
-      for (int distance = 16; distance > 0; distance /= 2)
-        lowest = min(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
-
-    HopperTotals t{};
-    t.group = a.group;
-    t.tokens = tokens;
-    t.prefix_tiles = (tokens * a.group + a.prefix_rows - 1) >> a.prefix_rows_log2;
-    if (p.local_window_size > 0 && tokens > 0)
-      t.prefix_block_begin = max(0, p.prefix_length + lowest - p.local_window_size + 1) >> a.prefix_keys_log2;
-    t.prefix_blocks = max(
-        0, ((p.prefix_length + (1 << a.prefix_keys_log2) - 1) >> a.prefix_keys_log2) - t.prefix_block_begin);
-    t.prefix_units = p.kv_num_heads * t.prefix_tiles * t.prefix_blocks;
-    const int all = t.prefix_units + all_context_units;
-    unit += t.prefix_units;
+    scan(s.token_before, s.unit_before, &s.tokens, &s.units);
+    return s;
+  }
+  __device__ __forceinline__ void fill_tables(const RelayParams& p, const Sums& s, int first_unit) const {
+    int token = s.token_before, unit = first_unit + s.unit_before;
 #pragma unroll 1
-    for (int b = begin; b < end; ++b) {
+    for (int b = s.begin; b < s.end; ++b) {
       const int tokens_of_b = token_start()[b], units_of_b = unit_start()[b];
       token_start()[b] = token;
       unit_start()[b] = unit;
@@ -224,6 +254,49 @@ struct HopperSchedule : RequestTables {
       token += tokens_of_b;
       unit += units_of_b;
     }
+  }
+
+  // The tables of up to 32 requests, by one warp: request `lane` has n and so many units of its context.
+  __device__ __forceinline__ void fill_tables(const KernelArguments& a, const RelayParams& p, int lane,
+                                              const Lengths& n, int units, int lowest) const {
+    prefetch_angles(p, n);
+    int token = n.query, unit = units;
+    HopperTotals t{};
+    scan(token, unit, &t.tokens, &units);
+    count_prefix(a, p, lowest, t);
+    if (lane >= p.batch) return;
+    context_len()[lane] = n.context;
+    first_token()[lane] = 0;
+    token_start()[lane] = token;
+    unit_start()[lane] = t.prefix_units + unit;
+    for (int i = 0; i < n.query; ++i) request_of_token()[token + i] = static_cast<uint16_t>(lane);
+  }
+
+  // What of the totals is the prefix's, given the tokens, by one warp.
+  __device__ __forceinline__ void count_prefix(const KernelArguments& a, const RelayParams& p, int lowest,
+                                               HopperTotals& t) const {
+    t.prefix_tiles = (t.tokens * a.group + a.prefix_rows - 1) >> a.prefix_rows_log2;
+    if (p.local_window_size > 0) {
+      lowest = __reduce_min_sync(kAllLanes, lowest);
+      if (t.tokens > 0)
+        t.prefix_block_begin =
+            max(0, p.prefix_length + lowest - p.local_window_size + 1) >> a.prefix_keys_log2;
+    }
+    t.prefix_blocks = max(
+        0, ((p.prefix_length + (1 << a.prefix_keys_log2) - 1) >> a.prefix_keys_log2) - t.prefix_block_begin);
+    t.prefix_units = p.kv_num_heads * t.prefix_tiles * t.prefix_blocks;
+  }
+
+  // One warp: what is to be done, and by how many workers. Returns the prefix's units, after which the
+  // contexts' are numbered.
+  __device__ __forceinline__ int share_out(const KernelArguments& a, const RelayParams& p,
+                                           const Sums& s) const {
+    const int lane = threadIdx.x;
+    HopperTotals t{};
+    t.group = a.group;
+    t.tokens = s.tokens;
+    count_prefix(a, p, s.lowest, t);
+    const int all = t.prefix_units + s.units;
     t.wide_units = a.context_rows > 64 ? all : (a.prefix_rows > 64 ? t.prefix_units : 0);
     const int narrow_units = all - t.wide_units, grid = gridDim.x;
     t.wide.workers = t.wide_units > 0 ? grid : 0;
@@ -239,9 +312,10 @@ struct HopperSchedule : RequestTables {
     t.narrow.each = __shfl_sync(kAllLanes, each, 1), t.narrow.longer = __shfl_sync(kAllLanes, longer, 1);
     if (lane == 0) {
       totals() = t;
-      token_start()[p.batch] = tokens;
+      token_start()[p.batch] = t.tokens;
       unit_start()[p.batch] = all;
     }
+    return t.prefix_units;
   }
 
   // Leaves of each request what is this launch's, where a call takes several.
@@ -293,6 +367,19 @@ struct HopperSchedule : RequestTables {
     return static_cast<int>(__fdividef(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
   }
 
+  // Exclusive prefix sums over the warp, of two numbers at once.
+  __device__ __forceinline__ static void scan(int& x, int& y, int* all_x, int* all_y) {
+    int inclusive_x = x, inclusive_y = y;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below_x = __shfl_up_sync(kAllLanes, inclusive_x, distance);
+      const int below_y = __shfl_up_sync(kAllLanes, inclusive_y, distance);
+      if (static_cast<int>(threadIdx.x % 32) >= distance) inclusive_x += below_x, inclusive_y += below_y;
+    }
+    *all_x = __shfl_sync(kAllLanes, inclusive_x, 31);
+    *all_y = __shfl_sync(kAllLanes, inclusive_y, 31);
+    x = inclusive_x - x, y = inclusive_y - y;
+  }
   // Exclusive prefix sum over the warp.
   __device__ __forceinline__ static int scan(int value, int* total) {
     int inclusive = value;

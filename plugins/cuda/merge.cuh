@@ -11,12 +11,13 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // All blocks of the grid arrive; those that read what others wrote wait. Needs all of them resident at once.
 // The word is left ready for the next launch, of whatever grid: the arrivals of one launch add up to 2^31, so
-// the top bit turns once all are there and the other bits return to 0. Used by one thread of a block.
+// the top bit turns once all are there and the other bits return to 0. One thread of a block arrives, one,
+// `waiter`, waits.
 class GridBarrier {
  public:
-  // Early: the top bit cannot turn before this block has arrived.
-  __device__ __forceinline__ explicit GridBarrier(uint32_t* word) : word_(word) {
-    if (threadIdx.x == 0) before_ = load_acquire(word);
+  // Early: the top bit cannot turn before this block has arrived. Nothing waits for this read.
+  __device__ __forceinline__ GridBarrier(uint32_t* word, int waiter) : word_(word) {
+    if (static_cast<int>(threadIdx.x) == waiter) before_ = load_relaxed(word);
   }
   // After a barrier of the block, behind all that it wrote.
   __device__ __forceinline__ void arrive() const {
@@ -58,9 +59,9 @@ struct MergeShares {
   int ways_log2 = 0;
 
   __device__ __forceinline__ explicit MergeShares(int rows) : rows(rows) {
-    if (kRows == 1)
-      while (1 << ways_log2 < kWarps && rows << (ways_log2 + 1) <= static_cast<int>(gridDim.x) * kWarps)
-        ++ways_log2;
+#pragma unroll
+    for (int ways = 2; ways <= kWarps; ways *= 2)
+      ways_log2 += kRows == 1 && rows * ways <= static_cast<int>(gridDim.x) * kWarps;
   }
   // Consecutive rows (groups of kRows of them) go to different blocks.
   __device__ __forceinline__ int first_row(int warp) const {
@@ -89,19 +90,6 @@ __device__ __forceinline__ MergeRow merge_row(const KernelArguments& a, const Sc
   return row;
 }
 
-template <int kVector>
-__device__ __forceinline__ void load_vector(float (&x)[kVector], const float* from) {
-  if constexpr (kVector == 4) {
-    const float4 y = load_other_block(reinterpret_cast<const float4*>(from));
-    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
-  } else if constexpr (kVector == 2) {
-    const float2 y = load_other_block(reinterpret_cast<const float2*>(from));
-    x[0] = y.x, x[1] = y.y;
-  } else {
-    x[0] = load_other_block(from);
-  }
-}
-
 // Waits for the grid and merges the rows that are this block's.
 // sums: [kWarps, kHeadDim] words of shared memory, scratch: 2 * kWarps of them.
 template <class T, int kHeadDim, int kWarps, int kRows, class Schedule, class Worker>
@@ -111,6 +99,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
   constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
   constexpr int kVectors = kHeadDim / (32 * kVector);        // of each lane
   constexpr int kAhead = (kHeadDim > 128 ? 8 : 16) / kRows;  // partials of a row read at a time
+  constexpr int kGroup = kRows == 1 ? 4 : kAhead;            // of those, what is read or left out together
   constexpr int kLanes = 32 / kRows;
   const RelayParams& p = a.params;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -132,10 +121,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
     for (int distance = kLanes; distance < 32; distance *= 2)
       most = max(most, __shfl_xor_sync(kAllLanes, most, distance));
     // All of the above needs the lengths alone; what follows needs the other blocks.
-    if (first == 0) {
-      if (threadIdx.x == 0) barrier.wait();
-      worker.synchronize();
-    }
+    if (first == 0) worker.wait_for_grid(barrier);
 
     float highest = -INFINITY, total = 0;
     float x[kRows][kVectors][kVector] = {};
@@ -145,25 +131,39 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
       const bool there = own < end - begin;
       const int k = there ? begin + own : 0;
       const int row = k < prefix.count ? prefix.row(k) : context.row(k - prefix.count);
-      float lse = load_other_block(a.partial_lse + row);
-      if (!there) lse = -INFINITY;
+      const float found_lse = load_other_block(a.partial_lse + row);
       float weight = 0;
 #pragma unroll 1
       for (int ahead = 0; ahead < min(kLanes, most - base); ahead += kAhead) {
         // Partials that there are not weigh nothing. One row's are not read either; of four rows most are
         // there, and the others' place is taken by the first.
-        float part[kRows][kAhead][kVectors][kVector] = {};
+        const int left = most - base - ahead;
+        float part[kAhead][kRows][kVectors][kVector];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
+        for (int group = 0; group < kAhead; group += kGroup) {
+          if (kRows == 1 && group >= left) continue;
+          int at[kGroup][kRows];
 #pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            const int at = __shfl_sync(kAllLanes, row, r * kLanes + ahead + j);
-            const float* from = a.partial_output + int64_t{at} * kHeadDim;
-            if (kRows == 1 && base + ahead + j >= most) continue;
+          for (int j = 0; j < kGroup; ++j)
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) load_vector(part[r][j][v], from + (v * 32 + lane) * kVector);
-          }
+            for (int r = 0; r < kRows; ++r)
+              at[j][r] = __shfl_sync(kAllLanes, row, r * kLanes + ahead + group + j);
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j)
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+#pragma unroll
+              for (int v = 0; v < kVectors; ++v) {
+                float (&into)[kVector] = part[group + j][r][v];
+#pragma unroll
+                for (int i = 0; i < kVector; ++i) into[i] = 0;
+                load_other_block_if(
+                    kRows > 1 || group + j < left, into,
+                    a.partial_output + int64_t{at[j][r]} * kHeadDim + (v * 32 + lane) * kVector);
+              }
+        }
         if (ahead == 0) {  // under way together with the first of them
+          const float lse = there ? found_lse : -INFINITY;
           float new_highest = fmaxf(highest, lse);
           for (int distance = kLanes / 2; distance > 0; distance /= 2)
             new_highest = fmaxf(new_highest, __shfl_xor_sync(kAllLanes, new_highest, distance));
@@ -185,15 +185,19 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
           }
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
+        for (int group = 0; group < kAhead; group += kGroup) {
+          if (kRows == 1 && group >= left) continue;
 #pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            const float w = __shfl_sync(kAllLanes, weight, r * kLanes + ahead + j);
+          for (int j = group; j < group + kGroup; ++j)
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v)
+            for (int r = 0; r < kRows; ++r) {
+              const float w = __shfl_sync(kAllLanes, weight, r * kLanes + ahead + j);
 #pragma unroll
-              for (int i = 0; i < kVector; ++i) x[r][v][i] += w * part[r][j][v][i];
-          }
+              for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+                for (int i = 0; i < kVector; ++i) x[r][v][i] += w * part[j][r][v][i];
+            }
+        }
       }
     }
 
@@ -229,17 +233,29 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
       }
       worker.exchange(turn);
       const int first_warp = warp - way;
-      float peak = -INFINITY;
-      for (int w = first_warp; w < first_warp + ways; ++w) peak = fmaxf(peak, scratch[w]);
+      float weight[kWarps], peak = -INFINITY, sum = 0;  // of the ways; 0 beyond
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        weight[w] = w < ways ? scratch[first_warp + w] : -INFINITY;
+        peak = fmaxf(peak, weight[w]);
+      }
+      if (peak == -INFINITY) peak = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        weight[w] = exp2_fast(weight[w] - peak);
+        if (w < ways) sum += weight[w] * scratch[kWarps + first_warp + w];
+      }
+      const float scale = sum == 0 ? 0 : 1 / sum;
+#pragma unroll 1
       for (int column = (way * 32 + lane) * 2; any && column < kHeadDim; column += ways * 64) {
-        float sum = 0, low = 0, high = 0;
-        for (int w = first_warp; w < first_warp + ways; ++w) {
-          const float weight = exp2_fast(scratch[w] - (peak == -INFINITY ? 0 : peak));
-          sum += weight * scratch[kWarps + w];
-          low += weight * sums[w * kHeadDim + column];
-          high += weight * sums[w * kHeadDim + column + 1];
+        float low = 0, high = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          if (w >= ways) continue;
+          const float2 part = *reinterpret_cast<const float2*>(sums + (first_warp + w) * kHeadDim + column);
+          low += weight[w] * part.x;
+          high += weight[w] * part.y;
         }
-        const float scale = sum == 0 ? 0 : 1 / sum;
         uint16_t* output = static_cast<uint16_t*>(p.output) + int64_t{of.output_row} * kHeadDim;
         reinterpret_cast<uint32_t*>(output)[column / 2] = T::pack(low * scale, high * scale);
       }
@@ -250,8 +266,8 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
 
 // worker: prefix_partials(kv_head, packed_row), context_partials(request, kv_head, packed_row);
 // first_merge_row(number, index, rows), merge_row() of the block's first rows, by their number in the block;
-// and of the first kWarps warps of the block, which take part, synchronize() and exchange(turn), the same for
-// shared memory alone (turn: 0 before the first).
+// and of the first kWarps warps of the block, which take part, wait_for_grid(barrier), until all blocks have
+// arrived, and exchange(turn), a barrier for shared memory alone (turn: 0 before the first).
 template <class T, int kHeadDim, int kWarps, class Schedule, class Worker>
 __device__ __forceinline__ void merge(const KernelArguments& a, const Schedule& schedule,
                                       const Worker& worker, const GridBarrier& barrier, float* sums,

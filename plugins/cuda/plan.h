@@ -24,7 +24,7 @@ constexpr int kHopperConsumers = 2 * 128;
 constexpr int kHopperThreads = kHopperConsumers + 128;
 constexpr int kMaxStages = 24;  // buffers of keys or values
 constexpr int kMaxHopperHeadDim = 128;
-constexpr int kHopperFixedBytes = 9360;  // of shared memory: what hopper.cuh keeps whatever the call
+constexpr int kHopperFixedBytes = 9376;  // of shared memory: what hopper.cuh keeps whatever the call
 
 // Divides by a number that the host knows, for 0 <= n with n * divisor < 2^32.
 struct Divisor {

@@ -137,6 +137,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* word) {
   return value;
 }
 
+// Later reads need not wait for it.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
 // Returns the word before.
 __device__ __forceinline__ uint32_t add_release(uint32_t* word, uint32_t value) {
   uint32_t before;
@@ -151,6 +158,39 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* word, uint32_t value) 
 template <class Vector>
 __device__ __forceinline__ Vector load_other_block(const Vector* words) {
   return __ldcg(words);
+}
+
+// The same of 4, 2 or 1 words, where there are any; else x stays as it is. Loads behind a condition of C++'s
+// would be moved when they arrive, and so wait for one another.
+__device__ __forceinline__ void load_other_block_if(bool there, float (&x)[4], const float* from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+      : "l"(from), "r"(static_cast<int>(there)));
+}
+__device__ __forceinline__ void load_other_block_if(bool there, float (&x)[2], const float* from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "@p ld.global.cg.v2.f32 {%0, %1}, [%2];\n"
+      "}"
+      : "+f"(x[0]), "+f"(x[1])
+      : "l"(from), "r"(static_cast<int>(there)));
+}
+__device__ __forceinline__ void load_other_block_if(bool there, float (&x)[1], const float* from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "@p ld.global.cg.f32 %0, [%1];\n"
+      "}"
+      : "+f"(x[0])
+      : "l"(from), "r"(static_cast<int>(there)));
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* line) {

@@ -41,6 +41,9 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+struct int2 {
+  int x, y;
+};
 struct uint2 {
   uint32_t x, y;
 };
@@ -53,6 +56,7 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -573,6 +577,9 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 inline int __any_sync(unsigned, int predicate) {
   return fold<int>(9, predicate, 0, [](int r, int x, int) { return r | (x != 0); });
 }
+inline int __reduce_add_sync(unsigned, int value) {
+  return fold<int>(11, value, 0, [](int r, int x, int) { return r + x; });
+}
 inline unsigned __reduce_min_sync(unsigned, unsigned value) {
   return fold<unsigned>(10, value, ~0u, [](unsigned r, unsigned x, int) { return min(r, x); });
 }
@@ -758,6 +765,7 @@ inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 // Read in spins: others must run in between.
+inline uint32_t load_relaxed(const uint32_t* word) { return *const_cast<const volatile uint32_t*>(word); }
 inline uint32_t load_acquire(const uint32_t* word) {
   cuda_on_host::leave(cuda_on_host::State::kPaused);
   return *const_cast<const volatile uint32_t*>(word);
@@ -774,6 +782,11 @@ inline uint32_t add_release(uint32_t* word, uint32_t value) {
 template <class Vector>
 inline Vector load_other_block(const Vector* words) {
   return *words;
+}
+template <int kCount>
+inline void load_other_block_if(bool there, float (&x)[kCount], const float* from) {
+  if (reinterpret_cast<uintptr_t>(from) % (kCount * 4) != 0) cuda_on_host::die("a load is not aligned");
+  for (int i = 0; there && i < kCount; ++i) x[i] = from[i];
 }
 inline void prefetch_l2(const void* line) {
   volatile char byte = *static_cast<const char*>(line);
