@@ -205,6 +205,8 @@ def test_ctrl_c_keeps_what_is_finished(artifact, tmp_path):
         [*COMMAND, "generate", artifact.path, "--prompts", prompts, "-o", out, *options],
         stderr=subprocess.PIPE,
         text=True,
+        # what a shell runs in the background ignores it, and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     partial = tmp_path / "out.partial"
     deadline = time.monotonic() + 60
