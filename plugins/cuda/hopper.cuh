@@ -78,7 +78,7 @@ class HopperAttention {
   __device__ __forceinline__ void run() {
     // Everything waits for the lengths.
     const int2 lengths = schedule.ask_lengths();
-    const GridBarrier barrier(a.barrier, kHopperConsumers + 32);
+    const GridBarrier barrier(a.barrier, kGridWaiter);
     if (threadIdx.x % 32 == 0) {
       constexpr int kWarps = kHopperThreads / 32;
       const int warp = threadIdx.x / 32;
@@ -116,7 +116,7 @@ class HopperAttention {
       if (warp < 10) {
         if (threadIdx.x % 32 == 0) copy(warp - 8);
         // While those who merge prepare for it: waiting alone takes as long as a read of memory.
-        if (threadIdx.x == kHopperConsumers + 32) {
+        if (threadIdx.x == kGridWaiter) {
           barrier.wait();
           barrier_arrive(grid_barrier(), 1);
         }
@@ -171,6 +171,7 @@ class HopperAttention {
 
  private:
   static constexpr int kWarpgroup = 128;
+  static constexpr int kGridWaiter = kHopperConsumers + 32;  // the thread that waits for all blocks
 
   const HopperArguments& maps;
   const KernelArguments& a;

@@ -155,34 +155,26 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address, uin
                ", %" b_name ", " accumulate ", 1, 1, 0, 0;"                                                  \
                : list(constraint)                                                                            \
                : "l"(a), "l"(b))
-#define RELAY_PRODUCT_64(type, constraint, accumulate) \
-  RELAY_PRODUCT_SHARED("64", type, RELAY_NAMES_32, RELAY_LIST_32, constraint, accumulate, "32", "33")
-#define RELAY_PRODUCT_128(type, constraint, accumulate) \
-  RELAY_PRODUCT_SHARED("128", type, RELAY_NAMES_64, RELAY_LIST_64, constraint, accumulate, "64", "65")
+#define RELAY_PRODUCT_KEYS(type, constraint, accumulate)                                                 \
+  if constexpr (kCount == 32)                                                                            \
+    RELAY_PRODUCT_SHARED("64", type, RELAY_NAMES_32, RELAY_LIST_32, constraint, accumulate, "32", "33"); \
+  else                                                                                                   \
+    RELAY_PRODUCT_SHARED("128", type, RELAY_NAMES_64, RELAY_LIST_64, constraint, accumulate, "64", "65")
 
 // c[64, 2 * kCount] (+)= a[64, 16] * b[2 * kCount, 16]^T, rows of both in shared memory. Warp w of the four
 // holds rows 16w..16w+15 of c, laid out as in multiply_accumulate.
-template <class T, bool kAccumulate>
-__device__ __forceinline__ void multiply_keys(float (&c)[32], uint64_t a, uint64_t b) {
-  if constexpr (std::is_same<T, Float16>::value && kAccumulate)
-    RELAY_PRODUCT_64("f16", RELAY_ACCUMULATOR, "1");
-  else if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT_64("f16", RELAY_RESULT, "0");
-  else if constexpr (kAccumulate)
-    RELAY_PRODUCT_64("bf16", RELAY_ACCUMULATOR, "1");
-  else
-    RELAY_PRODUCT_64("bf16", RELAY_RESULT, "0");
-}
-template <class T, bool kAccumulate>
-__device__ __forceinline__ void multiply_keys(float (&c)[64], uint64_t a, uint64_t b) {
-  if constexpr (std::is_same<T, Float16>::value && kAccumulate)
-    RELAY_PRODUCT_128("f16", RELAY_ACCUMULATOR, "1");
-  else if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT_128("f16", RELAY_RESULT, "0");
-  else if constexpr (kAccumulate)
-    RELAY_PRODUCT_128("bf16", RELAY_ACCUMULATOR, "1");
-  else
-    RELAY_PRODUCT_128("bf16", RELAY_RESULT, "0");
+template <class T, bool kAccumulate, int kCount>
+__device__ __forceinline__ void multiply_keys(float (&c)[kCount], uint64_t a, uint64_t b) {
+  static_assert(kCount == 32 || kCount == 64);
+  if constexpr (std::is_same<T, Float16>::value && kAccumulate) {
+    RELAY_PRODUCT_KEYS("f16", RELAY_ACCUMULATOR, "1");
+  } else if constexpr (std::is_same<T, Float16>::value) {
+    RELAY_PRODUCT_KEYS("f16", RELAY_RESULT, "0");
+  } else if constexpr (kAccumulate) {
+    RELAY_PRODUCT_KEYS("bf16", RELAY_ACCUMULATOR, "1");
+  } else {
+    RELAY_PRODUCT_KEYS("bf16", RELAY_RESULT, "0");
+  }
 }
 
 // c[64, 2 * kCount] += a[64, 16] * b[16, 2 * kCount], b's rows in shared memory.
@@ -216,8 +208,7 @@ __device__ __forceinline__ void multiply_values(float (&c)[64], const uint32_t (
 }
 
 #undef RELAY_PRODUCT
-#undef RELAY_PRODUCT_64
-#undef RELAY_PRODUCT_128
+#undef RELAY_PRODUCT_KEYS
 #undef RELAY_PRODUCT_SHARED
 #undef RELAY_ACCUMULATOR
 #undef RELAY_RESULT

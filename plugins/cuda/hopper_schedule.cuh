@@ -136,18 +136,19 @@ struct HopperSchedule : RequestTables {
     const RelayParams& p = a.params;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // A lane for each request: one warp shares out the work while another fills the tables.
-    const bool few = p.batch <= 32 && a.token_end - a.token_begin >= p.batch * p.sequence;
+    const bool few = p.batch <= 32 && !is_cut(a, p);
     Sums sums{};
     if (few) {
       if (warp < 2) {
         const Lengths n = check_lengths(p, asked.x, asked.y);
         const int units = context_units(n.context, n.query);
         sums.lowest = n.query > 0 ? n.context : INT32_MAX;
-        if (warp == 0)
-          sums.tokens = __reduce_add_sync(kAllLanes, n.query),
+        if (warp == 0) {
+          sums.tokens = __reduce_add_sync(kAllLanes, n.query);
           sums.units = __reduce_add_sync(kAllLanes, units);
-        else
+        } else {
           fill_tables(a, p, lane, n, units, sums.lowest);
+        }
       }
     } else {
       for (int b = threadIdx.x; b < p.batch; b += kHopperThreads) {
@@ -179,6 +180,10 @@ struct HopperSchedule : RequestTables {
     int token_before, unit_before;  // of those of the lanes before
   };
 
+  // Whether the call may take more launches than this one.
+  __device__ __forceinline__ static bool is_cut(const KernelArguments& a, const RelayParams& p) {
+    return a.token_end - a.token_begin < p.batch * p.sequence;
+  }
   __device__ __forceinline__ int tiles_of(int tokens) const {
     return (tokens * arguments->group + arguments->context_rows - 1) >> arguments->context_rows_log2;
   }
@@ -231,7 +236,7 @@ struct HopperSchedule : RequestTables {
     const int per_lane = (p.batch + 31) / 32;
     Sums s{0, 0, INT32_MAX, min(lane * per_lane, p.batch), 0, 0, 0};
     s.end = min(s.begin + per_lane, p.batch);
-    if (a.token_end - a.token_begin < p.batch * p.sequence) clip(a, p, s.begin, s.end);
+    if (is_cut(a, p)) clip(a, p, s.begin, s.end);
 #pragma unroll 2
     for (int b = s.begin; b < s.end; ++b) {
       const int tokens = token_start()[b];

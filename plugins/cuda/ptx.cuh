@@ -155,43 +155,27 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* word, uint32_t value) 
 }
 
 // What another block wrote: read from L2, never from this multiprocessor's L1.
-template <class Vector>
-__device__ __forceinline__ Vector load_other_block(const Vector* words) {
-  return __ldcg(words);
-}
+__device__ __forceinline__ float load_other_block(const float* word) { return __ldcg(word); }
+
+#define RELAY_LOAD_IF(words, type, from_name, there_name, ...)                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" there_name ", 0;\n@p ld.global.cg." type " " words \
+               ", [%" from_name "];\n}"                                                                \
+               : __VA_ARGS__                                                                           \
+               : "l"(from), "r"(static_cast<int>(there)))
 
 // The same of 4, 2 or 1 words, where there are any; else x stays as it is. Loads behind a condition of C++'s
 // would be moved when they arrive, and so wait for one another.
 __device__ __forceinline__ void load_other_block_if(bool there, float (&x)[4], const float* from) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %5, 0;\n"
-      "@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
-      : "l"(from), "r"(static_cast<int>(there)));
+  RELAY_LOAD_IF("{%0, %1, %2, %3}", "v4.f32", "4", "5", "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3]));
 }
 __device__ __forceinline__ void load_other_block_if(bool there, float (&x)[2], const float* from) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %3, 0;\n"
-      "@p ld.global.cg.v2.f32 {%0, %1}, [%2];\n"
-      "}"
-      : "+f"(x[0]), "+f"(x[1])
-      : "l"(from), "r"(static_cast<int>(there)));
+  RELAY_LOAD_IF("{%0, %1}", "v2.f32", "2", "3", "+f"(x[0]), "+f"(x[1]));
 }
 __device__ __forceinline__ void load_other_block_if(bool there, float (&x)[1], const float* from) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %2, 0;\n"
-      "@p ld.global.cg.f32 %0, [%1];\n"
-      "}"
-      : "+f"(x[0])
-      : "l"(from), "r"(static_cast<int>(there)));
+  RELAY_LOAD_IF("%0", "f32", "1", "2", "+f"(x[0]));
 }
+
+#undef RELAY_LOAD_IF
 
 __device__ __forceinline__ void prefetch_l2(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));

@@ -779,10 +779,7 @@ inline uint32_t add_release(uint32_t* word, uint32_t value) {
   if (m.chance(2)) cuda_on_host::leave(cuda_on_host::State::kPaused);
   return before;
 }
-template <class Vector>
-inline Vector load_other_block(const Vector* words) {
-  return *words;
-}
+inline float load_other_block(const float* word) { return *word; }
 template <int kCount>
 inline void load_other_block_if(bool there, float (&x)[kCount], const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % (kCount * 4) != 0) cuda_on_host::die("a load is not aligned");
