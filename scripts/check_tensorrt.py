@@ -366,11 +366,11 @@ def profile(backend: Any, name: str) -> str:
     execution.profiler = profiler
     batches = sorted({1, max(most // 4, 1), most})
     for batch in batches:
-        ids, lens = np.full((batch, 1), 5, np.int32), np.full(batch, large_model.CONTEXT, np.int32)
+        call = large_model.one_token(batch)
         profiler.steps.clear()
         for _ in range(PROFILED + 2):
             profiler.steps.append({})
-            backend.step(0, ids, lens, np.ones(batch, np.int32))
+            backend.step(0, *call)
         steps = profiler.steps[2:]
         assert all(steps), f"a step of {batch} rows reported no layer"
         times = {layer: float(np.median([step.get(layer, 0.0) for step in steps])) for layer in steps[0]}

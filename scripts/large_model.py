@@ -33,6 +33,7 @@ RANDOM_FROM = 1 << 20  # bytes of a tensor that is not carried
 BATCHES = (1, 8, 32, 64)
 CONTEXT, NEW_TOKENS, REPETITIONS = 128, 4, 30
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 
 
 def make(folder: Path, layers: int, prefix: int, vocabulary: int) -> None:
@@ -161,21 +162,25 @@ def decode(backend: Any, batch: int, vocab: int) -> Float32:
     return np.stack(found)
 
 
+def one_token(batch: int) -> tuple[Int32, Int32, Int32]:
+    """What a step at CONTEXT cached tokens takes: ids [batch, 1], context_lens and query_lens [batch]."""
+    return np.full((batch, 1), 5, np.int32), np.full(batch, CONTEXT, np.int32), np.ones(batch, np.int32)
+
+
 def decode_times(backend: Any, batch: int) -> dict[str, float]:
     """Median milliseconds at CONTEXT cached tokens. step: the engine alone, until the device is done, its
     logits left where they are. token: until the greedy tokens of all rows are in main memory."""
-    ids = np.full((batch, 1), 5, np.int32)
-    lens = np.full(batch, CONTEXT, np.int32), np.ones(batch, np.int32)
+    call = one_token(batch)
 
     def token() -> None:
-        backend.step(0, ids, *lens)
+        backend.step(0, *call)
         if hasattr(backend, "read_top"):
             backend.read_top(1)
         else:
             backend.read_logits().argmax(axis=-1)
 
     def step() -> None:
-        backend.step(0, ids, *lens)
+        backend.step(0, *call)
         synchronize()
 
     times = {"token": _median_ms(token)}

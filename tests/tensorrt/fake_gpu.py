@@ -389,7 +389,7 @@ def edited_graph(model: onnx.ModelProto, layers: list[Any]) -> onnx.ModelProto:
     graph.node.extend(_sorted(nodes))
     for layer in layers:
         # sizes of no name would be -1 after an attention: ONNX Runtime has it so for custom operators
-        if layer.added and layer.type.name == "SHUFFLE" and layer.inputs[0].name in values:
+        if layer.added and layer.inputs[0].name in values:
             size = [f"{layer.output.name}/{axis}" for axis in range(len(layer.output.shape))]
             dtype = elem_type(values[layer.inputs[0].name])
             graph.value_info.append(helper.make_tensor_value_info(layer.output.name, dtype, size))
@@ -512,10 +512,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
             network = self.network
             gpu.alias = os.environ.get("RELAY_TENSORRT_ALIAS_CACHE")  # what a creator would see
             network.model, network.proto = path, proto
-            network.inputs = [
-                Tensor(value.name, "INT32" if elem_type(value) == INT32 else "FLOAT", proto.graph)
-                for value in proto.graph.input
-            ]
+            network.inputs = [SimpleNamespace(name=value.name) for value in proto.graph.input]
             network.outputs = [SimpleNamespace(name=value.name) for value in proto.graph.output]
             network.num_inputs, network.num_outputs = len(network.inputs), len(network.outputs)
             network.layers = layers_of(proto)
@@ -724,7 +721,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
         10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1},
         11: {"STRONGLY_TYPED": 0},
     }
-    module.layers_of, module.Tensor = layers_of, Tensor  # for tests of networks without a file
+    module.layers_of = layers_of  # for tests of networks without a file
     module.IProfiler = IProfiler
     module.Runtime, module.Refitter, module.Weights = Runtime, Refitter, lambda array: array
     module.Builder, module.OnnxParser, module.LayerType = Builder, OnnxParser, LayerType
@@ -739,7 +736,7 @@ def make_tensorrt(gpu: Gpu) -> ModuleType:
     ]
     module.TacticSource = IntNames({name: index for index, name in enumerate(sources)})
     module.TensorFormat = SimpleNamespace(LINEAR=0)
-    module.DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF", INT32="INT32")
+    module.DataType = SimpleNamespace(FLOAT="FLOAT", HALF="HALF")
     return module
 
 

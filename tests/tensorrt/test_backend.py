@@ -567,19 +567,25 @@ def test_timing_cache_is_reused(gpu: Gpu, artifact: Path) -> None:
     assert elsewhere.read_bytes() == b"timed."
 
 
-def test_decoder_end_to_end(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from relay_attention.runtime import backend as backends
+def greedy_tokens(folder: Path, backend: str, **params: Any) -> list[list[int]]:
+    """The scheduler's, of ragged prompts and reused slots."""
     from relay_attention.runtime.decoder import RelayDecoder
     from relay_attention.runtime.sampling import SamplingParams
 
-    assert "tensorrt" in backends._BACKENDS
     prompts = [[5, 6, 7], [9], list(range(20, 60)), [1, 2]] * 3
-    params = SamplingParams(temperature=0.0, max_new_tokens=8)
+    with RelayDecoder.load(folder, backend=backend, max_batch=5, max_context=64) as decoder:
+        results = decoder.generate(prompts, SamplingParams(temperature=0.0, **params))
+        return [result.token_ids for result in results]
+
+
+def test_decoder_end_to_end(gpu: Gpu, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relay_attention.runtime import backend as backends
+
+    assert "tensorrt" in backends._BACKENDS
     answers = []
     for name, chunk in (("tensorrt", 16), ("tensorrt", 1), ("onnxruntime", 16)):
         build(artifact, chunk=chunk)
-        with RelayDecoder.load(artifact, backend=name, max_batch=5, max_context=64) as decoder:
-            answers.append([result.token_ids for result in decoder.generate(prompts, params)])
+        answers.append(greedy_tokens(artifact, name, max_new_tokens=8))
     assert answers[0] == answers[1] == answers[2]
     assert any(launch.startswith("graph") for launch in gpu.launches)
 
@@ -766,18 +772,12 @@ def products_model(*matrices: tuple[int, int]) -> Any:
         for index, shape in enumerate(matrices)
     ]
     weights.append(numpy_helper.from_array(np.ones((), np.float16), "one"))
-    inputs = [
-        value("ids", onnx.TensorProto.INT32, ["b", "s"]), value("x0", half, ["b", "s", matrices[0][0]])
-    ]  # fmt: skip
+    inputs = [value("x0", half, ["b", "s", matrices[0][0]])]
     graph = helper.make_graph(nodes, "g", inputs, [value("out", half, None)], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     network = tensorrt.Builder(None).create_network(0)
     network.layers = tensorrt.layers_of(model)
     network.num_layers = len(network.layers)
-    network.inputs = [
-        tensorrt.Tensor("ids", "INT32", model.graph), tensorrt.Tensor("x0", "FLOAT", model.graph)
-    ]  # fmt: skip
-    network.num_inputs = 2
     return network, model
 
 
@@ -793,7 +793,7 @@ def test_product_of_a_product(gpu: Gpu) -> None:
     hidden = np.random.default_rng(1).integers(-4, 5, (3, 1, 8)).astype(np.float16)  # exact in any order
     found, expected = (
         onnxruntime.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-            ["out"], {"x0": hidden, "ids": np.zeros((3, 1), np.int32)}
+            ["out"], {"x0": hidden}
         )[0]
         for each in (network.edited(model), model)
     )
@@ -837,19 +837,14 @@ def test_other_products_stay(gpu: Gpu, index: int, shape: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize("chunk", [16, 1])
 def test_tokens_of_the_scheduler(huggingface: Path, gpu: Gpu, tmp_path: Path, chunk: int) -> None:
-    """The scheduler's, of ragged prompts and reused slots, with and without a prefill profile."""
-    from relay_attention.runtime.decoder import RelayDecoder
-    from relay_attention.runtime.sampling import SamplingParams
-
+    """As exported, with and without a prefill profile."""
     folder = copied(huggingface, tmp_path / "out")
     build(folder, chunk=chunk)
-    prompts = [[5, 6, 7], [9], list(range(20, 60)), [1, 2]] * 3
-    params = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
-    answers = []
-    for backend in ("tensorrt", "onnxruntime"):
-        with RelayDecoder.load(folder, backend=backend, max_batch=5, max_context=64) as decoder:
-            answers.append([result.token_ids for result in decoder.generate(prompts, params)])
-    assert answers[0] == answers[1]
+    found, expected = (
+        greedy_tokens(folder, backend, max_new_tokens=6, ignore_eos=True)
+        for backend in ("tensorrt", "onnxruntime")
+    )
+    assert found == expected
 
 
 def pinned_types(network: Any) -> dict[str, Any]:
