@@ -29,8 +29,9 @@ def add_commands(subparsers: Any) -> None:
     )
     export.add_argument(
         "--precision",
-        choices=("fp32", "fp16"),
-        help="of weights and KV cache (fp32; what a genai folder or an ONNX decoder holds)",
+        choices=("fp32", "fp16", "bf16"),
+        help="of weights and KV cache (fp32; what a genai folder or an ONNX decoder holds); bf16 runs on "
+        "GPUs only",
     )
     export.add_argument(
         "--target",

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from relay_attention.errors import ArtifactError, ExportError
 from relay_attention.export.folder import replace_folder
 from relay_attention.export.graph import find_nodes, graph_output, int_attribute
 from relay_attention.export.passes import rewrite, run
+from relay_attention.export.passes.bfloat16_on_cuda import Bfloat16OnCuda
 from relay_attention.export.passes.gather_on_device import GatherOnDevice
 from relay_attention.export.passes.replace_attention import is_relay_attention
 from relay_attention.export.passes.tensorrt import tensorrt_passes
@@ -26,6 +26,7 @@ from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
 from relay_attention.export.progress import stage
 from relay_attention.export.source import GENAI, ONNX, SourceModel, detect, files_beside
+from relay_attention.runtime import bfloat16
 from relay_attention.runtime.artifact import (
     MODEL_NAME,
     WEIGHTS_NAME,
@@ -40,8 +41,12 @@ from relay_attention.runtime.artifact import (
 from relay_attention.runtime.text import TOKENIZER_FILES, TOKENIZER_NAME, Tokenizer
 
 TARGETS = ("onnxruntime", "tensorrt")
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _WEIGHT_ALIGNMENT = 4096
+_NO_BFLOAT16_THERE = (
+    "--target tensorrt takes no bfloat16: TensorRT 8.6 has none, and later ones were not tried with it; "
+    "export with --precision fp16, or without --target tensorrt for the backend 'onnxruntime-cuda'"
+)
 
 
 def export_model(
@@ -65,7 +70,8 @@ def export_model(
         builder. Only its files are read; no code of its own is run.
     system_prompt: the text whose keys and values are computed once.
     output: the folder to write; an artifact that is there is replaced when all is done.
-    precision: "fp32" or "fp16" for weights and KV cache; None for fp32, or for what a genai folder holds.
+    precision: "fp32", "fp16" or "bf16" (which runs on GPUs only) for weights and KV cache; None for fp32, or
+        for what a genai folder or an ONNX decoder holds.
     target: "onnxruntime", or "tensorrt" for a graph in forms that TensorRT 8.6 takes as well.
     max_context: tokens that one request may hold beside the prefix, at most the model's positions less the
     prefix;
@@ -82,9 +88,11 @@ def export_model(
     if prefix not in ("static", "input"):
         raise ExportError(f"prefix is {prefix!r}; it is 'static' or 'input'")
     if precision not in (None, *PRECISIONS):
-        raise ExportError(f"precision is {precision!r}; it is {' or '.join(PRECISIONS)}")
+        raise ExportError(f"precision is {precision!r}; it is one of {', '.join(PRECISIONS)}")
     if target not in TARGETS:
         raise ExportError(f"target is {target!r}; it is {' or '.join(TARGETS)}")
+    if target == "tensorrt" and precision == "bf16":
+        raise ExportError(_NO_BFLOAT16_THERE)
     kind = detect(source)
     with replace_folder(output) as folder:
         tokenizer = _copy_tokenizer(files_beside(source), folder)
@@ -98,9 +106,13 @@ def export_model(
                 all_logits=all_logits,
                 max_positions=loaded.max_positions,
             )
+            dtype = _dtype(loaded.model)
+            if target == "tensorrt" and dtype == bfloat16.NAME:
+                raise ExportError(_NO_BFLOAT16_THERE)
             run(loaded.model, tensorrt_passes() if target == "tensorrt" else [GatherOnDevice()])
+            if dtype == bfloat16.NAME:
+                run(loaded.model, [Bfloat16OnCuda()])
         geometry = _geometry(loaded)
-        dtype = _dtype(loaded.model)
         _write_model(loaded.model, folder, progress)
         eos = loaded.eos or ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())
         entries = _file_entries(folder, progress)
@@ -125,7 +137,7 @@ def export_model(
             prompt,
             threads=threads,
             progress=progress,
-            check=partial(check_pieces, manifest=manifest),
+            check=check_pieces,
         )
     return output.resolve()
 
@@ -182,7 +194,11 @@ def _check_precision(loaded: SourceModel, folder: Path, precision: str) -> None:
         )
 
 
-_KV_DTYPES_BY_NAME = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+_KV_DTYPES_BY_NAME = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 _KV_DTYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 

@@ -37,7 +37,7 @@ from relay_attention.export.source import HUGGINGFACE, SourceModel, token_list
 IMPLEMENTATION = "relay"
 OPSET = 18
 # norm of the difference of logits relative to theirs: rounding, in different orders
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 # keyword arguments of attention functions that do not change what is computed
 _NEUTRAL = {
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout",
@@ -92,7 +92,7 @@ def load_huggingface(
 ) -> SourceModel:
     """Loads a folder's causal language model and traces it; the graph's weights are the model's own tensors.
 
-    dtype: "float32" or "float16", to which the weights are converted.
+    dtype: "float32", "float16" or "bfloat16", to which the weights are converted.
     prefix_length: tokens of the system prompt. max_context: as the user gave it. Both matter only to rotary
         embedding that depends on how long a request is.
     progress: show each step on stderr.

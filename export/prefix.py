@@ -19,9 +19,11 @@ import onnxruntime
 from tqdm import tqdm
 
 from relay_attention.errors import ArtifactError, BackendError, ExportError, PromptError
+from relay_attention.export.float32_form import computed_here, to_float32
 from relay_attention.export.folder import replace_folder
 from relay_attention.export.progress import stage
 from relay_attention.plugins import library_path
+from relay_attention.runtime import bfloat16
 from relay_attention.runtime.artifact import (
     MANIFEST_NAME,
     MODEL_NAME,
@@ -163,13 +165,14 @@ def bake_prefix(
     *,
     threads: int | None,
     progress: bool,
-    check: Callable[[onnxruntime.InferenceSession], None] | None = None,
+    check: Callable[[onnxruntime.InferenceSession, Manifest], None] | None = None,
 ) -> Manifest:
     """Computes the prefix of a folder whose model, weights and tokenizer are in place, and writes the rest.
 
     That is prefix.bin, system_prompt.txt, the prefix initializers of model.onnx, and relay.json with an entry
     for each file. `manifest` says all that does not depend on the prompt; its entries for unchanged files are
-    kept.
+    kept. A bfloat16 graph is computed in its float32 form. check: is given the session, with an empty prefix,
+    and the manifest of the graph in it.
     Returns: the manifest that was written.
     """
     vocab_size = manifest.geometry.vocab_size
@@ -192,12 +195,12 @@ def bake_prefix(
     model = load_graph(folder / MODEL_NAME)
     set_prefix(model, manifest.io.prefix_key, manifest.io.prefix_value, manifest.geometry, None)
     scratch = folder / _SCRATCH_MODEL
-    onnx.save(model, scratch)
+    onnx.save(to_float32(model) if manifest.dtype == bfloat16.NAME else model, scratch)
     with stage("check", progress):
         session = open_session(scratch, threads)
         scratch.unlink()
         if check is not None:
-            check(session)
+            check(session, computed_here(manifest))
     file = compute_prefix(session, folder, manifest, progress=progress)
     del session
     if info.mode == "static":
@@ -258,9 +261,12 @@ def compute_prefix(
     """Runs the prefix tokens through a graph with an empty prefix; its caches are prefix.bin, mapped.
 
     The keys and values of the tokens are written into the file as the op appends them, so memory holds one
-    chunk's activations and as much of the file as the system likes to keep.
+    chunk's activations and as much of the file as the system likes to keep. Where the manifest says bfloat16,
+    the session computes in float32, into a file that is rounded (to nearest, ties to even) into prefix.bin.
     Raises: ExportError if the keys or values are not finite; BackendError if the session fails.
     """
+    if manifest.dtype == bfloat16.NAME:
+        return _compute_and_round(session, folder, manifest, progress=progress, chunk=chunk)
     header, io = PrefixHeader.of(manifest), manifest.io
     token_ids = np.asarray(manifest.prefix.token_ids, np.int32)
     with _mapped(folder / manifest.prefix.file, header) as (file, caches):
@@ -293,6 +299,26 @@ def compute_prefix(
                         "NaN or Inf, or "
                         f"{header.dtype} is too narrow for this model"
                     )
+    return file
+
+
+def _compute_and_round(
+    session: onnxruntime.InferenceSession, folder: Path, manifest: Manifest, *, progress: bool, chunk: int
+) -> PrefixFile:
+    """`compute_prefix` of a bfloat16 artifact, by a session in float32."""
+    info = dataclasses.replace(manifest.prefix, file=f"{manifest.prefix.file}.float32")
+    wide = dataclasses.replace(computed_here(manifest), prefix=info)
+    computed = compute_prefix(session, folder, wide, progress=progress, chunk=chunk)
+    with _mapped(folder / manifest.prefix.file, PrefixHeader.of(manifest)) as (file, caches):
+        for layer, (pair, exact) in enumerate(zip(caches, computed.read(), strict=True)):
+            for what, cache, values in zip(("keys", "values"), pair, exact, strict=True):
+                for head, numbers in zip(cache, values, strict=True):  # one at a time in memory
+                    head[:] = bfloat16.narrow(numbers)
+                if not all(np.isfinite(bfloat16.widen(head)).all() for head in cache):
+                    raise ExportError(
+                        f"layer {layer}: the {what} of the system prompt are too large for bfloat16"
+                    )
+    computed.path.unlink()
     return file
 
 
@@ -343,7 +369,7 @@ def _mapped(
     file = PrefixFile(path, header, len(packed))
     _, value_offset, nbytes = file.extents()[-1]
     size = value_offset + nbytes
-    dtype = np.dtype(header.dtype)
+    dtype = bfloat16.storage(header.dtype)
     with path.open("w+b") as stream:
         stream.write(packed)
         stream.flush()

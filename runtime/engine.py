@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from relay_attention.errors import BackendError
 from relay_attention.runtime.artifact import (
     MODEL_NAME,
@@ -141,7 +139,7 @@ def cache_capacity(manifest: Manifest, max_context: int) -> int:
     address."""
     granularity = 1
     for heads, dim in manifest.geometry.layers:
-        token_bytes = heads * dim * np.dtype(manifest.dtype).itemsize
+        token_bytes = heads * dim * manifest.storage_dtype.itemsize
         granularity = math.lcm(granularity, ADDRESS_ALIGNMENT // math.gcd(ADDRESS_ALIGNMENT, token_bytes))
     return -(-max_context // granularity) * granularity
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from relay_attention import __version__
 from relay_attention.errors import ArtifactError
+from relay_attention.runtime import bfloat16
 
 FORMAT = "relay-attention"
 FORMAT_VERSION = 1
@@ -23,7 +24,7 @@ MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "weights.bin"
 PREFIX_NAME = "prefix.bin"
 SYSTEM_PROMPT_NAME = "system_prompt.txt"
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", bfloat16.NAME)
 
 T = TypeVar("T")
 
@@ -263,7 +264,13 @@ class Manifest:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes in all layers together."""
-        return sum(2 * heads * dim for heads, dim in self.geometry.layers) * np.dtype(self.dtype).itemsize
+        elements = sum(2 * heads * dim for heads, dim in self.geometry.layers)
+        return elements * self.storage_dtype.itemsize
+
+    @property
+    def storage_dtype(self) -> np.dtype[Any]:
+        """What NumPy holds keys and values in: uint16 for bfloat16, see `bfloat16`."""
+        return bfloat16.storage(self.dtype)
 
     @classmethod
     def from_json(cls, data: Any, where: Path | str = MANIFEST_NAME) -> Manifest:

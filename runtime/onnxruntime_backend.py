@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from relay_attention.errors import BackendError
 from relay_attention.plugins import library_path
-from relay_attention.runtime import backend
+from relay_attention.runtime import backend, bfloat16
 from relay_attention.runtime.artifact import MODEL_NAME, WEIGHTS_NAME, Artifact, PrefixFile
 from relay_attention.runtime.backend import Int32
 
@@ -170,7 +170,7 @@ class OnnxRuntimeBase:
     def __init__(self, artifact: Artifact, session: Any, memory: Memory):
         """session: made by `open_session`; its caches, prefix and logits will lie in `memory`."""
         self._manifest = artifact.manifest
-        self._dtype = np.dtype(artifact.manifest.dtype)
+        self._dtype = artifact.manifest.storage_dtype
         self._session, self._memory = session, memory
         self._binding = Binding(session, memory)
         self._check_names(artifact)
@@ -251,12 +251,14 @@ class OnnxRuntimeBase:
 
     def read_cache(self, row: int, length: int) -> list[tuple[Array, Array]]:
         """Keys and values [kv_num_heads, length, head_dim] that a slot holds, layer by layer, to compare
-        engines."""
+        engines. bfloat16 is given as float32."""
         found = [
             self._memory.get(cache[row : row + 1])[0, :, :length].copy()
             for pair in zip(self._keys, self._values, strict=True)
             for cache in pair
         ]
+        if self._dtype == bfloat16.BITS:
+            found = [bfloat16.widen(array) for array in found]
         return list(zip(found[::2], found[1::2], strict=True))
 
     def set_prefix(self, prefix: PrefixFile) -> None:
@@ -345,8 +347,13 @@ class OnnxRuntimeBackend(OnnxRuntimeBase):
 
         mapped_weights: use the weights where they are mapped from their file, without the packed or (float16)
             float32 copies that are faster. A step takes longer, float16 several times as long.
-        Raises: BackendError also if memory does not suffice for these copies.
+        Raises: BackendError also if memory does not suffice for these copies, or the artifact is bfloat16.
         """
+        if artifact.manifest.dtype == bfloat16.NAME:
+            raise BackendError(
+                f"{artifact.path}: is bfloat16, which ONNX Runtime computes on GPUs only: load it with the "
+                "backend 'onnxruntime-cuda', or export the model with --precision fp16 or fp32"
+            )
         if not mapped_weights:
             _check_copies(artifact)
         session = open_session(artifact, threads, ["CPUExecutionProvider"], mapped=mapped_weights)
@@ -418,6 +425,7 @@ def keep_mapped(options: Any) -> list[str]:
     return ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 
 
-def described(memory: Memory, array: Any) -> tuple[str, int, type, tuple[int, ...], int]:
+def described(memory: Memory, array: Any) -> tuple[str, int, type | int, tuple[int, ...], int]:
     """An array as IOBinding's bind_input and bind_output take it, after the name."""
-    return memory.device, memory.index, array.dtype.type, array.shape, memory.address(array)
+    kind = bfloat16.element_type(array.dtype)
+    return memory.device, memory.index, kind, array.shape, memory.address(array)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relay_attention.errors import ArtifactError
+from relay_attention.runtime import bfloat16
 from relay_attention.runtime.manifest import (
     DTYPES,
     FORMAT_VERSION,
@@ -118,14 +119,17 @@ class PrefixFile:
         """(offset of the key, offset of the value, bytes of each) in the file, one entry a layer."""
         extents, offset = [], self.data_offset
         for heads, dim in self.header.layers:
-            nbytes = heads * self.header.prefix_length * dim * np.dtype(self.header.dtype).itemsize
+            nbytes = heads * self.header.prefix_length * dim * bfloat16.storage(self.header.dtype).itemsize
             extents.append((offset, offset + _align(nbytes), nbytes))
             offset += 2 * _align(nbytes)
         return extents
 
     def read(self) -> list[Layer]:
-        """(key, value) of every layer, each [kv_num_heads, prefix_length, head_dim], mapped from the file."""
-        dtype, length = np.dtype(self.header.dtype), self.header.prefix_length
+        """(key, value) of every layer, each [kv_num_heads, prefix_length, head_dim], mapped from the file.
+
+        bfloat16 is given as its bits, uint16.
+        """
+        dtype, length = bfloat16.storage(self.header.dtype), self.header.prefix_length
         layers: list[Layer] = []
         for (heads, dim), (key_offset, value_offset, nbytes) in zip(
             self.header.layers, self.extents(), strict=True
@@ -143,7 +147,7 @@ class PrefixFile:
     @classmethod
     def write(cls, path: Path, header: PrefixHeader, layers: Iterable[Layer]) -> PrefixFile:
         """Writes a prefix file, one layer in memory at a time, and flushes it to the disk."""
-        dtype = np.dtype(header.dtype)
+        dtype = bfloat16.storage(header.dtype)
         with path.open("wb") as stream:
             stream.write(header.pack())
             for (heads, dim), pair in zip(header.layers, layers, strict=True):

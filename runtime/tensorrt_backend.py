@@ -165,7 +165,7 @@ class TensorRTBackend:
         if self._engine is None:
             raise BackendError(f"{path}: TensorRT {box.tensorrt} refuses the plan: {self._logger.take()}")
         self._check_names(path)
-        self._dtype = np.dtype(self._manifest.dtype)
+        self._dtype = self._manifest.storage_dtype
         self._stream = cuda.Stream()
         self._prefix: list[cuda.DeviceBuffer] = []
         self._prefix_length = self._manifest.prefix.length

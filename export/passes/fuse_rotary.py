@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from relay_attention.export.float32_form import to_float32
 from relay_attention.export.graph import (
     constant,
     find_nodes,
@@ -239,9 +240,11 @@ def _evaluate(model: ir.Model, value: ir.Value, max_positions: int) -> npt.NDArr
         onnx.helper.make_opsetid(*item) for item in model.graph.opset_imports.items() if item[0] != "relay"
     ]
     proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+    proto = to_float32(proto)  # of bfloat16; it is rounded once, at the end
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = np.arange(max_positions, dtype=positions.dtype.numpy())[None]
-    return np.asarray(session.run(None, {_POSITION_IDS: feed})[0])
+    found = np.asarray(session.run(None, {_POSITION_IDS: feed})[0])
+    return found if value.dtype is None else found.astype(value.dtype.numpy())
 
 
 def _perm(node: ir.Node) -> tuple[int, ...]:

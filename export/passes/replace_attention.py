@@ -12,6 +12,7 @@ from relay_attention.plugins.schema import DOMAIN, MAX_HEAD_DIM, OP_TYPE, PLUGIN
 from relay_attention.runtime.artifact import IoNames
 
 _NAMES = IoNames()
+_DTYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def is_relay_attention(node: ir.Node) -> bool:
@@ -106,9 +107,11 @@ def _check(site: AttentionSite) -> None:
     dtypes = {value.dtype for value in (site.query, site.key, site.value)}
     if site.rotary:
         dtypes |= {site.rotary.cos_cache.dtype, site.rotary.sin_cache.dtype}
-    if len(dtypes) > 1 or not dtypes <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
+    if len(dtypes) > 1 or not dtypes <= _DTYPES:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise refuse(site.node, f"its inputs are of type {found}; all must be FLOAT or all FLOAT16")
+        raise refuse(
+            site.node, f"its inputs are of type {found}; all must be FLOAT, FLOAT16 or BFLOAT16, all the same"
+        )
     if site.head_dim % 8 or not 8 <= site.head_dim <= MAX_HEAD_DIM:
         raise refuse(site.node, f"head_dim {site.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
     if site.num_heads % site.kv_num_heads:

@@ -154,7 +154,7 @@ def test_damaged_weights_are_named(llama: Path, tmp_path: Path) -> None:
         ("", {}, "empty"),
         ("word " * 600, {}, "must be shorter"),
         ("prompt", {"max_context": 512}, "leave only"),
-        ("prompt", {"precision": "fp8"}, "fp32 or fp16"),
+        ("prompt", {"precision": "fp8"}, "one of fp32, fp16, bf16"),
         ("prompt", {"prefix": "dynamic"}, "'static' or 'input'"),
         ("prompt", {"template": "chat"}, "no chat template"),
     ],

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from relay_attention.errors import BackendError
+from relay_attention.runtime import bfloat16
 from relay_attention.runtime.artifact import (
     Artifact,
     FileEntry,
@@ -115,10 +116,26 @@ class NumpyDecoder:
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: str, logits: str) -> None:
-    """model.onnx of the tiny decoder, with the contract's inputs and outputs; float16 only in attention."""
-    half = prefix.header.dtype == "float16"
-    dtype = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+ELEMENTS = {
+    "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16,
+}  # fmt: skip
+
+
+def stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array in an element type of manifests; bfloat16 as its bits."""
+    return bfloat16.narrow(array) if dtype == "bfloat16" else array.astype(dtype)
+
+
+def build_model(
+    decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: str, logits: str, between_casts: bool
+) -> None:
+    """model.onnx of the tiny decoder, with the contract's inputs and outputs; narrow types only in attention.
+
+    between_casts: the op computes in float32, between Casts of all that goes in and comes out, so that ONNX
+    Runtime's CPU provider, where the op takes no bfloat16, runs a graph with bfloat16 caches.
+    """
+    dtype = ELEMENTS[prefix.header.dtype]
+    half = dtype != TensorProto.FLOAT
     names: list[str] = []
     nodes: list[onnx.NodeProto] = []
 
@@ -128,11 +145,10 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
         return made[0] if outputs == 1 else made
 
     initializers = [numpy_helper.from_array(value, name) for name, value in decoder.weights.items()]
-    constants = {
-        "cos": decoder.cos.astype(prefix.header.dtype),
-        "sin": decoder.sin.astype(prefix.header.dtype),
-    }
-    constants |= {"one": np.int64([1]), "axes": np.int64([1, 2])}
+    for name, table in (("cos", decoder.cos), ("sin", decoder.sin)):
+        raw = stored(table, prefix.header.dtype).tobytes()
+        initializers.append(helper.make_tensor(name, dtype, table.shape, raw, raw=True))
+    constants = {"one": np.int64([1]), "axes": np.int64([1, 2])}
     constants |= {"zero": np.int32([0]), "one32": np.int32([1]), "size": np.int64([1, 1, HIDDEN])}
     initializers += [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     integers = {"input_ids": ["batch", "sequence"], "context_lens": ["batch"], "query_lens": ["batch"]}
@@ -150,20 +166,20 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
         states = [add("MatMul", [hidden, f"{layer}.{name}"]) for name in ("query", "key", "value")]
         if half:
             states = [add("Cast", [state], to=dtype) for state in states]
+        past = [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
+        fixed = [f"prefix.{layer}.key", f"prefix.{layer}.value", "cos", "sin"]
+        given = [f"attention.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
+        made = given
+        if between_casts:
+            states, past, fixed = (
+                [add("Cast", [name], to=TensorProto.FLOAT) for name in names]
+                for names in (states, past, fixed)
+            )
+            made = [f"{name}.wide" for name in given]
         node = helper.make_node(
             "RelayAttention",
-            [
-                *states,
-                f"past_key_values.{layer}.key",
-                f"past_key_values.{layer}.value",
-                "context_lens",
-                "query_lens",
-                f"prefix.{layer}.key",
-                f"prefix.{layer}.value",
-                "cos",
-                "sin",
-            ],
-            [f"attention.{layer}", f"present.{layer}.key", f"present.{layer}.value"],
+            [*states, *past, "context_lens", "query_lens", *fixed],
+            made,
             f"attention_{layer}",
             domain="relay",
             num_heads=HEADS,
@@ -173,6 +189,11 @@ def build_model(decoder: NumpyDecoder, folder: Path, prefix: PrefixFile, mode: s
             plugin_namespace="relay",
         )
         nodes.append(node)
+        if between_casts:
+            nodes += [
+                helper.make_node("Cast", [wide], [name], f"cast_{name}", to=dtype)
+                for wide, name in zip(made, given, strict=True)
+            ]
         attended = add("Cast", [f"attention.{layer}"], to=TensorProto.FLOAT)
         hidden = add("Add", [hidden, add("MatMul", [attended, f"{layer}.output"])])
         inner = add("Tanh", [add("MatMul", [hidden, f"{layer}.up"])])
@@ -215,8 +236,9 @@ def make_artifact(
     text: str = SYSTEM_PROMPT,
     max_context: int = 64,
     seed: int = 0,
+    between_casts: bool = False,
 ) -> Artifact:
-    """A whole artifact folder of the tiny decoder."""
+    """A whole artifact folder of the tiny decoder. between_casts: see `build_model`."""
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -245,9 +267,9 @@ def make_artifact(
         logits=logits,
         source={"kind": "test", "architecture": "TinyForCausalLM"},
     )
-    caches = [(key.astype(dtype), value.astype(dtype)) for key, value in decoder.run(prompt.token_ids)[1]]
+    caches = [(stored(key, dtype), stored(value, dtype)) for key, value in decoder.run(prompt.token_ids)[1]]
     prefix = PrefixFile.write(folder / "prefix.bin", PrefixHeader.of(manifest), caches)
-    build_model(decoder, folder, prefix, mode, logits)
+    build_model(decoder, folder, prefix, mode, logits, between_casts)
     names = ("model.onnx", "prefix.bin", "tokenizer.json", "tokenizer_config.json", "system_prompt.txt")
     manifest.files.update({name: FileEntry.of(folder / name) for name in names})
     manifest.write(folder / "relay.json")

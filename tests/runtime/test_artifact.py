@@ -130,7 +130,7 @@ def test_damaged_json(folder):
             "version 0 of the RelayAttention op.*export the model again",
         ),
         (lambda data: data.pop("geometry"), "'geometry' is missing"),
-        (lambda data: data.update(dtype="bfloat16"), "'dtype' is 'bfloat16', not one of"),
+        (lambda data: data.update(dtype="float8"), "'dtype' is 'float8', not one of"),
         (lambda data: data.update(max_context="many"), "'max_context' should be an integer"),
         (lambda data: data.update(max_context=0), "max_context is 0"),
         (lambda data: data.update(max_context=10**6), "exceed the model's 512 positions"),
