@@ -15,7 +15,12 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+
 from relay_attention.export import export_model
+from relay_attention.export.float32_form import load_on_cpu
+from relay_attention.runtime.artifact import Artifact
+from relay_attention.runtime.text import SystemPrompt, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "directory" / "model"
@@ -43,6 +48,12 @@ def system_prompt(entries: int = 64) -> str:
         return (Path(folder) / "system_prompt.txt").read_text(encoding="utf-8")
 
 
+def questions(prompt: str) -> list[str]:
+    """One of every person that a directory lists."""
+    names = [line.rsplit(" ", 1)[0] for line in prompt.splitlines() if line[-4:].isdigit()]
+    return [f"What is the extension of {name}?" for name in names]
+
+
 def make_int4(folder: Path) -> Path:
     """The demo model as onnxruntime-genai builds it for CUDA, weights of 4 bits (MatMulNBits)."""
     command = ["builder", "-i", str(DEMO), "-o", str(folder), "-p", "int4", "-e", "cuda"]
@@ -68,6 +79,33 @@ def make_gpt2(folder: Path) -> Path:
     return folder
 
 
+def write_reference(folder: Path, questions: list[str], new_tokens: int = 8) -> None:
+    """A bfloat16 artifact computed in float32, for machines that cannot: FOLDER.npz beside it.
+
+    prompt_lens [n], prompts [n, longest] (int32, padded), tokens [n, new_tokens] (int32, greedy) and the
+    logits [n, new_tokens, vocab] (float32) that each of these is the largest of.
+    """
+    artifact = Artifact.open(folder)
+    system = SystemPrompt.open(artifact, Tokenizer.open(folder))
+    prompts = [system.encode(question) for question in questions]
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    padded = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    backend = load_on_cpu(artifact, threads=2)
+    backend.allocate(len(prompts), int(lengths.max()) + new_tokens)
+    backend.step(0, padded, np.zeros_like(lengths), lengths)
+    logits = [backend.read_logits().copy()]
+    for step in range(new_tokens - 1):
+        tokens = logits[-1].argmax(axis=-1).astype(np.int32)
+        backend.step(0, tokens[:, None], lengths + np.int32(step), np.ones_like(lengths))
+        logits.append(backend.read_logits().copy())
+    backend.close()
+    found = np.stack(logits, axis=1)
+    tokens = found.argmax(axis=-1).astype(np.int32)
+    np.savez(folder.with_suffix(".npz"), prompt_lens=lengths, prompts=padded, tokens=tokens, logits=found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,12 +118,16 @@ def main() -> None:
         sources = {
             "demo": (DEMO, {"precision": "fp16"}),
             "demo-input": (DEMO, {"precision": "fp16", "prefix": "input"}),
+            "demo-bf16": (DEMO, {"precision": "bf16"}),
+            "demo-bf16-input": (DEMO, {"precision": "bf16", "prefix": "input"}),
             "demo-int4": (make_int4(Path(scratch) / "int4"), {}),
             "gpt2": (make_gpt2(Path(scratch) / "gpt2"), {"precision": "fp16", "template": "plain"}),
         }
         for name, (source, options) in sources.items():
             print(f"{name} ...", flush=True)
-            export_model(source, prompt, folder / name, max_context=128, threads=2, **options)
+            text = prompt if name != "demo-bf16-input" else system_prompt(16)
+            export_model(source, text, folder / name, max_context=128, threads=2, **options)
+    write_reference(folder / "demo-bf16", [*questions(prompt)[::8], "the a of to", "?"])
     (folder / "system_prompt.txt").write_text(prompt, encoding="utf-8")
 
 
