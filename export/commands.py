@@ -76,7 +76,7 @@ def add_commands(subparsers: Any) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="of logits, relative to the largest (2e-4 for float32, 3e-2 for float16)",
+        help="of logits, relative to the largest (2e-4 for float32, 3e-2 for float16, 1e-1 for bfloat16)",
     )
     verify.add_argument("--threads", type=int, metavar="N", help="the engine's threads (its own choice)")
     verify.add_argument("--json", action="store_true", help="print JSON")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from relay_attention.errors import BackendError, PromptError
 from relay_attention.export import verification
+from relay_attention.export.float32_form import load_on_cpu
 from relay_attention.runtime.artifact import Artifact
 from relay_attention.runtime.backend import load_backend
 
@@ -79,8 +80,12 @@ def compare(
         raise PromptError(f"{requests} requests of {new_tokens} new tokens cannot be compared")
     relative = verification.RELATIVE_TOLERANCE[manifest.dtype] if tolerance is None else tolerance
     prompts = verification._prompts(artifact, requests, new_tokens, seed)
-    engines = [load_backend(REFERENCE, artifact), load_backend(backend, artifact, **options)]
-    report = CompareReport(str(output), REFERENCE, manifest.dtype, backend, manifest.prefix.length)
+    engines = [load_on_cpu(artifact), load_backend(backend, artifact, **options)]
+    computed = verification.arithmetic(manifest.dtype, REFERENCE)
+    reference = REFERENCE if computed == manifest.dtype else f"{REFERENCE}, computed in {computed}"
+    report = CompareReport(
+        str(output), reference, manifest.dtype, backend, manifest.prefix.length, manifest.dtype
+    )
     try:
         longest = max(map(len, prompts)) + new_tokens
         for engine in engines:

@@ -30,11 +30,13 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from relay_attention.errors import ExportError, PromptError
+from relay_attention.export.float32_form import CPU, load_on_cpu
 from relay_attention.export.prefix import load_graph
+from relay_attention.runtime import bfloat16
 from relay_attention.runtime.artifact import MODEL_NAME, Artifact
 from relay_attention.runtime.backend import load_backend
 
-RELATIVE_TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
+RELATIVE_TOLERANCE = {"float32": 2e-4, "float16": 3e-2, "bfloat16": 1e-1}
 LONGEST_PROMPT = 48
 _PIECE = 1 << 24  # elements of a weight that are read at a time
 
@@ -74,6 +76,7 @@ class RequestReport:
 class VerifyReport:
     """What `verify` found.
 
+    arithmetic: the type in which the artifact was computed, that of the artifact but for bfloat16 on a CPU.
     not_finite: names of weights and prefix tensors that hold NaN or Inf.
     """
 
@@ -82,6 +85,7 @@ class VerifyReport:
     dtype: str
     backend: str
     prefix_tokens: int
+    arithmetic: str
     not_finite: list[str] = field(default_factory=list)
     requests: list[RequestReport] = field(default_factory=list)
 
@@ -96,8 +100,9 @@ class VerifyReport:
 
     def table(self) -> str:
         """The report for a terminal."""
+        computed = "" if self.arithmetic == self.dtype else f" computed in {self.arithmetic}"
         lines = [
-            f"{self.artifact} ({self.dtype}, {self.backend}) against {self.reference} (float32, "
+            f"{self.artifact} ({self.dtype}{computed}, {self.backend}) against {self.reference} (float32, "
             "transformers), "
             f"{self.prefix_tokens} prefix tokens",
             "",
@@ -140,8 +145,9 @@ def verify(
     folder.
     requests: prompts of random tokens, of 1 to 48 tokens as far as max_context allows, decoded as one ragged
     batch
-        that is prefilled in two calls. new_tokens: of each. tolerance: relative, None for 2e-4 (float32) or
-        3e-2 (float16).
+        that is prefilled in two calls. new_tokens: of each. tolerance: relative, None for 2e-4 (float32),
+        3e-2 (float16) or 1e-1 (bfloat16).
+    On the CPU a bfloat16 artifact is computed in float32, which the report says.
     The weights of an artifact of a quantised model are not those of its reference: expect a larger tolerance.
     Raises: ArtifactError if a file of the artifact is damaged; ExportError if the reference cannot be loaded
     or is
@@ -162,6 +168,7 @@ def verify(
         dtype=manifest.dtype,
         backend=backend,
         prefix_tokens=manifest.prefix.length,
+        arithmetic=arithmetic(manifest.dtype, backend),
         not_finite=list(not_finite_tensors(artifact)),
     )
     model = _load_reference(Path(reference), artifact)
@@ -179,6 +186,11 @@ def verify(
     return report
 
 
+def arithmetic(dtype: str, backend: str) -> str:
+    """The type in which a backend computes an artifact of a dtype, as far as it is asked for here."""
+    return "float32" if (dtype, backend) == (bfloat16.NAME, CPU) else dtype
+
+
 def not_finite_tensors(artifact: Artifact) -> Iterator[str]:
     """Names of the floating-point weights and prefix tensors that hold NaN or Inf."""
     for tensor in load_graph(artifact.file(MODEL_NAME)).graph.initializer:
@@ -186,24 +198,33 @@ def not_finite_tensors(artifact: Artifact) -> Iterator[str]:
         if values is None:
             continue
         flat = values.reshape(-1)
-        if not all(np.isfinite(flat[i : i + _PIECE]).all() for i in range(0, flat.size, _PIECE)):
+        if not all(_finite(flat[i : i + _PIECE]) for i in range(0, flat.size, _PIECE)):
             yield tensor.name
     if artifact.manifest.prefix.mode == "input":
         for layer, pair in enumerate(artifact.prefix.read()):
             for what, values in zip(("key", "value"), pair, strict=True):
-                if not np.isfinite(values).all():
+                if not _finite(values):
                     yield f"prefix.{layer}.{what}"
 
 
+def _finite(values: npt.NDArray[Any]) -> bool:
+    return bool(np.isfinite(bfloat16.widen(values) if values.dtype == bfloat16.BITS else values).all())
+
+
 def _tensor_values(tensor: Any, folder: Path) -> npt.NDArray[Any] | None:
-    """A floating-point initializer, mapped where it is external; None for other types."""
+    """A floating-point initializer, mapped where it is external (bfloat16 as bits); None for other types."""
     import onnx
 
-    types = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
+    types: dict[int, npt.DTypeLike] = {
+        onnx.TensorProto.FLOAT: np.float32,
+        onnx.TensorProto.FLOAT16: np.float16,
+        onnx.TensorProto.BFLOAT16: bfloat16.BITS,
+    }
     if tensor.data_type not in types or 0 in tensor.dims:
         return None
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return np.asarray(onnx.numpy_helper.to_array(tensor))
+        values = np.asarray(onnx.numpy_helper.to_array(tensor))
+        return values.astype(np.float32) if tensor.data_type == onnx.TensorProto.BFLOAT16 else values
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return np.memmap(
         folder / entries["location"],
@@ -228,7 +249,10 @@ def _decode(
     artifact: Artifact, backend_name: str, prompts: list[list[int]], new_tokens: int, threads: int | None
 ) -> tuple[list[list[int]], npt.NDArray[np.float32]]:
     """Greedy tokens of every prompt, and the logits [request, token, vocab] that they are the best of."""
-    backend = load_backend(backend_name, artifact, threads=threads)
+    on_cpu = backend_name == CPU
+    backend = (
+        load_on_cpu(artifact, threads) if on_cpu else load_backend(backend_name, artifact, threads=threads)
+    )
     rows = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     backend.allocate(rows, int(lengths.max()) + new_tokens)

@@ -54,10 +54,13 @@ def questions(prompt: str) -> list[str]:
     return [f"What is the extension of {name}?" for name in names]
 
 
-def make_int4(folder: Path) -> Path:
-    """The demo model as onnxruntime-genai builds it for CUDA, weights of 4 bits (MatMulNBits)."""
+def make_int4(folder: Path, *options: str) -> Path:
+    """The demo model as onnxruntime-genai builds it for CUDA, weights of 4 bits (MatMulNBits).
+
+    options: of its builder, NAME=VALUE.
+    """
     command = ["builder", "-i", str(DEMO), "-o", str(folder), "-p", "int4", "-e", "cuda"]
-    command += ["-c", str(folder / "cache"), "--extra_options", "hf_token=false"]
+    command += ["-c", str(folder / "cache"), "--extra_options", "hf_token=false", *options]
     with mock.patch.object(sys, "argv", command):
         runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
     return folder
@@ -121,13 +124,15 @@ def main() -> None:
             "demo-bf16": (DEMO, {"precision": "bf16"}),
             "demo-bf16-input": (DEMO, {"precision": "bf16", "prefix": "input"}),
             "demo-int4": (make_int4(Path(scratch) / "int4"), {}),
+            "demo-int4-bf16": (make_int4(Path(scratch) / "int4-bf16", "use_cuda_bf16=1"), {}),
             "gpt2": (make_gpt2(Path(scratch) / "gpt2"), {"precision": "fp16", "template": "plain"}),
         }
         for name, (source, options) in sources.items():
             print(f"{name} ...", flush=True)
             text = prompt if name != "demo-bf16-input" else system_prompt(16)
             export_model(source, text, folder / name, max_context=128, threads=2, **options)
-    write_reference(folder / "demo-bf16", [*questions(prompt)[::8], "the a of to", "?"])
+    for name in ("demo-bf16", "demo-int4-bf16"):
+        write_reference(folder / name, [*questions(prompt)[::8], "the a of to", "?"])
     (folder / "system_prompt.txt").write_text(prompt, encoding="utf-8")
 
 

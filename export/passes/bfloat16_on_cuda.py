@@ -99,6 +99,9 @@ def _settle_types(node: ir.Node, model: ir.Model) -> None:
     if node.op_type == "Cast":
         node.outputs[0].type = ir.TensorType(ir.DataType(node.attributes["to"].as_int()))
         return
+    if node.op_type == "Constant" and "value" in node.attributes:
+        node.outputs[0].type = ir.TensorType(node.attributes["value"].as_tensor().dtype)
+        return
     try:
         schema = onnx.defs.get_schema(
             node.op_type, model.graph.opset_imports.get(node.domain, 1), node.domain
@@ -138,8 +141,7 @@ def _cast(model: ir.Model, before: ir.Node, value: ir.Value, to: ir.DataType, na
 
 def _give_in_float(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
     """The node gives float32, and a Cast behind it the bfloat16 value, which keeps its name and uses."""
-    index = list(node.outputs).index(value)
-    narrow = ir.node("Cast", [value], {"to": ir.DataType.BFLOAT16}, name=f"{node.name}/bfloat16/{index}")
+    narrow = ir.node("Cast", [value], {"to": ir.DataType.BFLOAT16}, name=f"{value.name}/bfloat16")
     made = narrow.outputs[0]
     made.type, made.shape = value.type, value.shape
     name = value.name

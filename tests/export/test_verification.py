@@ -128,7 +128,7 @@ def test_the_rule_for_ties(tokens: list[int], off: float, status: str, counts: t
 
 def test_a_report_agrees_only_if_all_of_it_does() -> None:
     good = RequestReport(3, 4, 4, 0, 0, None, 1e-5, 1e-3)
-    report = VerifyReport("out", "model", "float32", "onnxruntime", 10, requests=[good])
+    report = VerifyReport("out", "model", "float32", "onnxruntime", 10, "float32", requests=[good])
     assert report.ok
     assert not dataclasses.replace(report, not_finite=["weight"]).ok
     bad = dataclasses.replace(good, mismatches=1)
