@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from relay_attention.errors import ExportError
 from relay_attention.export.graph import refuse
-from relay_attention.export.probe import SPARE, Array, Probe, ProbeError, Setting, is_cache
+from relay_attention.export.probe import SPARE, Array, Probe, ProbeError, Setting, fed_dtype, is_cache
 from relay_attention.plugins.reference import attention
 
 # operators that lay values out anew: where keys and values pass only these, they stay what they are
@@ -76,8 +76,7 @@ class Tokens:
     def random(self, setting: Setting, generator: np.random.Generator) -> Array:
         sizes = {"b": setting.batch, "h": self.heads, "s": setting.sequence, "d": self.head_dim}
         sizes["e"] = self.heads * self.head_dim
-        dtype = self.value.dtype.numpy() if self.value.dtype else np.float32
-        return generator.standard_normal([sizes[axis] for axis in self.layout]).astype(dtype)
+        return generator.standard_normal([sizes[axis] for axis in self.layout]).astype(fed_dtype(self.value))
 
     def as_heads(self, array: Array) -> Array:
         """[batch, heads, sequence, head_dim] of an array in this layout."""
@@ -128,10 +127,6 @@ def describe(core: Core, probe: Probe) -> Description:
             ir.DataType.BFLOAT16,
         ):
             raise refuse(core.node, f"its KV cache {tokens.cache.name!r} is quantised ({tokens.cache.dtype})")
-    if query.value.dtype == ir.DataType.BFLOAT16:
-        raise refuse(
-            core.node, "it is bfloat16; artifacts hold float32 or float16: export the model in these"
-        )
     described = Description(
         core=core,
         query=query,
@@ -352,7 +347,7 @@ def _prove(described: Description, probe: Probe) -> None:
             shape = probe.shape(tokens.cache, setting)
             if shape is None or len(shape) != 4:
                 raise refuse(core.node, f"its cache {tokens.cache.name!r} is not of 4 dimensions")
-            cache = generator.standard_normal(shape).astype(tokens.cache.dtype.numpy())
+            cache = generator.standard_normal(shape).astype(fed_dtype(tokens.cache))
             feeds[tokens.cache] = cache
             past.append(_cache_as_heads(core, cache, tokens, setting))
         try:

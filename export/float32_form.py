@@ -104,6 +104,8 @@ class Float32Form(OnnxRuntimeBase):
         weights, available = artifact.manifest.files.get(WEIGHTS_NAME), available_memory()
         mapped = weights is not None and available is not None and 2 * weights.bytes > available
         disabled = keep_mapped(options) if mapped else []
+        if mapped:  # see `prefix.open_session`
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         path = artifact.file(MODEL_NAME)
         try:
             graph = to_float32(onnx.load(path, load_external_data=False))

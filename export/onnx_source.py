@@ -70,7 +70,7 @@ def load_onnx(source: Path, precision: str | None = None) -> SourceModel:
     """Reads an ONNX decoder; its weights stay in their files, mapped.
 
     source: the file, or a folder with one of `NAMES` in it or in its folder onnx.
-    precision: "fp32" or "fp16" if the graph must be of that, None for what it is.
+    precision: "fp32", "fp16" or "bf16" if the graph must be of that, None for what it is.
     Raises: ExportError if files are missing or the graph is no decoder that can be rewritten, naming the
     node.
     """
@@ -438,7 +438,7 @@ def _warn_of_shared_ranges(model: ir.Model, file: Path) -> None:
 
 
 def _check_precision(model: ir.Model, file: Path, precision: str | None) -> None:
-    wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+    wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
     found = {
         node.inputs[0].dtype
         for node in find_nodes(model, lambda node: node.op_type in ("AttentionForm", "GroupQueryAttention"))

@@ -195,9 +195,10 @@ def bake_prefix(
     model = load_graph(folder / MODEL_NAME)
     set_prefix(model, manifest.io.prefix_key, manifest.io.prefix_value, manifest.geometry, None)
     scratch = folder / _SCRATCH_MODEL
-    onnx.save(to_float32(model) if manifest.dtype == bfloat16.NAME else model, scratch)
+    narrow = manifest.dtype == bfloat16.NAME
+    onnx.save(to_float32(model) if narrow else model, scratch)
     with stage("check", progress):
-        session = open_session(scratch, threads)
+        session = open_session(scratch, threads, in_file_order=narrow)
         scratch.unlink()
         if check is not None:
             check(session, computed_here(manifest))
@@ -329,10 +330,13 @@ def bind_empty_prefix(binding: onnxruntime.IOBinding, manifest: Manifest) -> Non
             binding.bind_cpu_input(name.format(layer=layer), empty)
 
 
-def open_session(model: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    model: Path, threads: int | None = None, in_file_order: bool = False
+) -> onnxruntime.InferenceSession:
     """A CPU session with the RelayAttention library that holds no copy of the weights.
 
-    They are mapped, as `keep_mapped` says.
+    They are mapped, as `keep_mapped` says. in_file_order: run the nodes as they are and in their order, for
+    graphs with Casts of weights: what ONNX Runtime fuses it runs behind all the Casts, whose results pile up.
     Raises: BackendError if it cannot be made.
     """
     options = onnxruntime.SessionOptions()
@@ -340,6 +344,8 @@ def open_session(model: Path, threads: int | None = None) -> onnxruntime.Inferen
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     disabled = keep_mapped(options)
+    if in_file_order:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from relay_attention.errors import ExportError
+from relay_attention.export.float32_form import to_float32
 
 Array = npt.NDArray[Any]
 SPARE = 3  # slots of a static cache behind the valid ones, which must not be seen
@@ -195,7 +196,7 @@ class Probe:
 
     def _input(self, value: ir.Value, setting: Setting) -> Array:
         name, rank = str(value.name), len(value.shape) if value.shape is not None else None
-        dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.int64)
+        dtype = fed_dtype(value, np.int64)
         steps = np.arange(setting.past, setting.total)
         if name == ATTENTION_MASK and rank in (2, None):
             return np.ones((setting.batch, setting.total), dtype)
@@ -438,6 +439,7 @@ class Probe:
             if item[0] != "relay"
         ]
         proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=min(self.model.ir_version, 11))
+        proto = to_float32(proto)  # of bfloat16, which a CPU does not compute
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
@@ -472,6 +474,13 @@ def activations(model: ir.Model) -> set[ir.Value]:
         if node.op_type not in ("Shape", "Size") and any(operand in found for operand in node.inputs):
             found.update(node.outputs)
     return found
+
+
+def fed_dtype(value: ir.Value, unknown: npt.DTypeLike = np.float32) -> np.dtype[Any]:
+    """Of the arrays that stand for a value when parts of a graph are run: float32 for bfloat16."""
+    if value.dtype is None:
+        return np.dtype(unknown)
+    return np.dtype(np.float32 if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy())
 
 
 def is_cache(value: ir.Value) -> bool:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from relay_attention.export.core import Core
 from relay_attention.export.graph import float_attribute, int_attribute, refuse
-from relay_attention.export.probe import Array, Probe, ProbeError, Setting
+from relay_attention.export.probe import Array, Probe, ProbeError, Setting, fed_dtype
 
 _PRODUCTS = {"MatMul", "FusedMatMul", "Einsum"}
 _TO_SOFTMAX = {
@@ -158,7 +158,7 @@ def _bias(softmax: ir.Node, scores: ir.Value, probe: Probe, setting: Setting) ->
     shape = probe.shape(scores, setting)
     if shape is None:
         raise ProbeError(f"the shape of the scores {scores.name!r} is not known")
-    dtype = scores.dtype.numpy() if scores.dtype is not None else np.dtype(np.float32)
+    dtype = fed_dtype(scores)
     if softmax.inputs[0] is scores:
         return np.zeros(shape, dtype)
     return probe.evaluate([softmax.inputs[0]], setting, {scores: np.zeros(shape, dtype)})[0]

@@ -167,6 +167,15 @@ def test_it_agrees_with_its_model(
     assert "(bfloat16 computed in float32, onnxruntime)" in report.table()
 
 
+def test_the_float32_form_without_memory_for_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights cast in every step, and no node fused: the same but for the order of sums."""
+    artifact, prompts = Artifact.open(made), [[5, 200, 17], [44]]
+    _, expected = verification_module._decode(artifact, "onnxruntime", prompts, 3, 2)
+    monkeypatch.setattr(float32_form, "available_memory", lambda: 1)
+    _, found = verification_module._decode(artifact, "onnxruntime", prompts, 3, 2)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_another_model_does_not_agree(tiny: ModuleType, made: Path, tmp_path: Path) -> None:
     other = tiny.make_model(tmp_path / "other", tiny.CONFIGS["qwen3"](), seed=1)
     assert not verify(made, other, requests=3, new_tokens=4).ok
@@ -245,6 +254,26 @@ def test_genai_folders(tiny: ModuleType, checkpoint: Path, tmp_path: Path) -> No
     assert Artifact.open(output).manifest.dtype == "bfloat16"
     assert verify(output, checkpoint, requests=3, new_tokens=4).ok
     with pytest.raises(ExportError, match="KV cache of BFLOAT16; its precision cannot be changed to fp16"):
+        export_model(source, "prompt", tmp_path / "half", precision="fp16")
+
+
+@pytest.mark.parametrize(("opset", "attention"), [(18, "eager"), (23, "sdpa")])
+def test_onnx_decoders(
+    tiny: ModuleType, checkpoint: Path, made: Path, tmp_path: Path, opset: int, attention: str
+) -> None:
+    """With past keys and values; attention written out, and as a node; proved in float32."""
+    import torch_exports
+
+    source = torch_exports.make_onnx(tmp_path / "onnx", checkpoint, opset, attention, dtype=torch.bfloat16)
+    output = export_model(source, tiny.SYSTEM_PROMPT, tmp_path / "out")
+    artifact = Artifact.open(output)
+    assert artifact.manifest.dtype == "bfloat16"
+    report = verify(output, checkpoint, requests=3, new_tokens=4)
+    assert report.ok
+    for pair, expected in zip(artifact.prefix.read(), Artifact.open(made).prefix.read(), strict=True):
+        for bits, others in zip(pair, expected, strict=True):
+            assert (bits == others).mean() > 0.99
+    with pytest.raises(ExportError, match="its attention is of type BFLOAT16; it cannot be changed to fp16"):
         export_model(source, "prompt", tmp_path / "half", precision="fp16")
 
 

@@ -69,8 +69,9 @@ from pathlib import Path
 from relay_attention.export import export_model
 def anonymous():  # what the system cannot take back, unlike pages mapped from files
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
-small, large, out = map(Path, sys.argv[1:])
-export_model(small, "Be kind.", out, precision="fp16", threads=1)  # what libraries take once
+small, large, out = map(Path, sys.argv[1:4])
+precision = sys.argv[4]
+export_model(small, "Be kind.", out, precision=precision, threads=1)  # what libraries take once
 before, peak, ended = anonymous(), 0, threading.Event()
 def watch():
     global peak
@@ -78,7 +79,7 @@ def watch():
         peak = max(peak, anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
-export_model(large, "Be kind.", out, precision="fp16", threads=1)
+export_model(large, "Be kind.", out, precision=precision, threads=1)
 ended.set()
 watcher.join()
 print((peak - before) // 1024)
@@ -86,16 +87,19 @@ print((peak - before) // 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_an_export_holds_no_copy_of_the_weights(tiny: ModuleType, tmp_path: Path) -> None:
-    """Traced, transposed, written, hashed and run: over 200 MB of float16 and one weight at a time."""
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_an_export_holds_no_copy_of_the_weights(
+    tiny: ModuleType, tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    """Traced, transposed, written, hashed and run: over 200 MB of 16 bits each and one weight at a time."""
     config = {"hidden_size": WIDTH, "intermediate_size": 4096, "num_hidden_layers": 7, "head_dim": 64}
     config |= {"num_attention_heads": 16, "num_key_value_heads": 16}
-    large = transformers.LlamaConfig(**{**tiny.CONFIGS["llama"]().to_dict(), **config, "dtype": "float16"})
+    large = transformers.LlamaConfig(**{**tiny.CONFIGS["llama"]().to_dict(), **config, "dtype": dtype})
     with torch.device("meta"):
         shapes = transformers.AutoModelForCausalLM.from_config(large).state_dict()
     generator = torch.Generator().manual_seed(0)
     weights = {
-        name: torch.empty(tensor.shape, dtype=torch.float16).uniform_(-0.05, 0.05, generator=generator)
+        name: torch.empty(tensor.shape, dtype=dtype).uniform_(-0.05, 0.05, generator=generator)
         for name, tensor in shapes.items()
     }
     large.save_pretrained(tmp_path / "large")
@@ -105,7 +109,15 @@ def test_an_export_holds_no_copy_of_the_weights(tiny: ModuleType, tmp_path: Path
     assert size > 200
     del weights
     small = tiny.make_model(tmp_path / "small", tiny.CONFIGS["llama"]())
-    command = [sys.executable, "-c", _EXPORT, str(small), str(tmp_path / "large"), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        _EXPORT,
+        str(small),
+        str(tmp_path / "large"),
+        str(tmp_path / "out"),
+        precision,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (tmp_path / "out" / "weights.bin").stat().st_size > size * MEGABYTE
     assert int(result.stdout) < 0.7 * size  # one copy would be as much again, in float32 twice

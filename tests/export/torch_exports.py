@@ -65,15 +65,24 @@ class _WithPast(torch.nn.Module):
         return result.logits, [(layer.keys, layer.values) for layer in result.past_key_values.layers]
 
 
-def make_onnx(folder: Path, source: Path, opset: int, attention: str = "sdpa", dynamo: bool = True) -> Path:
+def make_onnx(
+    folder: Path,
+    source: Path,
+    opset: int,
+    attention: str = "sdpa",
+    dynamo: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """What torch.onnx.export makes of a Hugging Face folder: model.onnx, config.json and the tokenizer.
 
     attention: transformers' name of it. dynamo: the exporter of today; False for the one through TorchScript,
-    which optimum uses.
+    which optimum uses. dtype: of weights and caches.
     Raises: NotMade.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation=attention, dtype=dtype
+    ).eval()
     wrapped = _WithPast(model).eval()
     past_ids = torch.zeros(2, 5, dtype=torch.int64)
     with torch.no_grad():
