@@ -15,11 +15,18 @@ SINCE_VERSION: Final = 1
 PLUGIN_VERSION: Final = "1"
 MAX_HEAD_DIM: Final = 256
 """head_dim is a multiple of 8, at most this."""
+TYPES: Final = {
+    "ONNX Runtime, CPU": ("float32", "float16"),
+    "ONNX Runtime, CUDA": ("float16", "bfloat16"),
+    "TensorRT 8.6": ("float16",),
+    "TensorRT 10 and later": ("float16", "bfloat16"),
+}
+"""What T may be, by engine."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output. `type` is "T" (float32 or float16, the same for all of them) or "I" (int32)."""
+    """One input or output. `type` is "T" (see TYPES; the same for all of them) or "I" (int32)."""
 
     name: str
     type: str
@@ -146,9 +153,10 @@ def make_markdown() -> str:
         "",
         "B = batch, S = new tokens of the longest row, Hq = num_heads, Hkv = kv_num_heads, D = head_dim (a"
         f" multiple of 8, at most {MAX_HEAD_DIM}), Cmax = cache capacity in tokens, P = prefix length,"
-        " R = rotary dimensions. T is float32 or float16, the same for all; softmax and fusion are computed"
-        " in float32. Token s of row b has the absolute position P + context_lens[b] + s; with do_rotary = 1,"
-        " query and key are rotated at that position.",
+        " R = rotary dimensions. T is one type for all: "
+        + "; ".join(f"{' or '.join(types)} ({engine})" for engine, types in TYPES.items())
+        + ". Softmax and fusion are computed in float32. Token s of row b has the absolute position"
+        " P + context_lens[b] + s; with do_rotary = 1, query and key are rotated at that position.",
         "",
         "| # | input | type | shape | |",
         "|---|---|---|---|---|",

@@ -111,9 +111,8 @@ class CudaKernel : public RelayKernel {
     if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16) return cuda::DataType::kFloat16;
     if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) return cuda::DataType::kBFloat16;
     throw InvalidInput(
-        "the CUDA kernels take float16 and bfloat16, this node is float32; export the model with --dtype "
-        "float16, or "
-        "make the session without the CUDA execution provider");
+        "the CUDA kernels take float16 and bfloat16, this node is float32; export the model with --precision "
+        "fp16 or bf16, or make the session without the CUDA execution provider");
   }
 
   // -1 where the session does not know it.
