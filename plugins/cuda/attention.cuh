@@ -65,6 +65,7 @@ class Attention {
   static constexpr int kScratchOffset = kRowsOffset + 2 * kRows * 4;
   static constexpr int kQueryOffset = kScratchOffset + 32 * 4;
   static constexpr int kRingOffset = kQueryOffset + kQueryBytes;
+  static constexpr int kFourRowsAhead = kHeadDim > 128 ? 2 : 4;  // for merge()
 
   __device__ __forceinline__ explicit Attention(const KernelArguments& arguments)
       : a(arguments),

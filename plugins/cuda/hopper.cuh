@@ -22,6 +22,7 @@ namespace relay::cuda {
 constexpr int kSegments = 4;
 constexpr int kSmallRows = 16;
 constexpr int kFoundAhead = 2;  // segments that are found before one's queries must have arrived
+constexpr float kSlack = 8;     // weights of keys are at most 2^kSlack
 constexpr int kMergeRows = 32;  // that a block merges first: up to four of each multiplying warp
 
 // A warpgroup's part of a tile, as warps 10 and 11 hand it over.
@@ -47,6 +48,7 @@ class HopperAttention {
  public:
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kPairs = kChunks / 2;  // of chunks that rotate together
   static constexpr int kBufferBytes = kBlockKeys * kRowBytes;
   // A buffer is atoms of 64 rows (128 where a unit has so many keys), each row 128 bytes of a key (64 where
   // head_dim is no multiple of 64).
@@ -67,6 +69,7 @@ class HopperAttention {
   static constexpr int kQueryBytes = 2 * kBufferBytes;
   static_assert(sizeof(HopperTotals) <= kBarrierOffset && kArraysOffset == kHopperFixedBytes);
   static_assert(kQueryBytes >= kHopperConsumers / 32 * kHeadDim * 4);  // also the sums of merge()
+  static constexpr int kFourRowsAhead = 8;
 
   __device__ __forceinline__ explicit HopperAttention(const HopperArguments& arguments)
       : maps(arguments),
@@ -380,15 +383,7 @@ class HopperAttention {
     const int lane = threadIdx.x % 32, slot = kSegments * warpgroup + number % kSegments;
     if (s.small && s.blocks > 0) {
       const int first_row = number % kSegments * kSmallRows;
-      if (lane < s.rows) find_query(s, warpgroup, first_row, lane);
-      __syncwarp();
-#pragma unroll 1
-      for (int i = lane; i < s.rows * kChunks; i += 32) {
-        const int row = first_row + i / kChunks, chunk = i % kChunks;
-        const uint4* query =
-            static_cast<const uint4*>(p.query) + int64_t{query_row(warpgroup)[row]} * kChunks;
-        copy_async_16(query_buffer(warpgroup) + chunk_offset<kWorkerRows>(row, chunk), query + chunk, true);
-      }
+      copy_rows<1>(s, warpgroup, first_row, 0, s.rows);
     }
     if (!has_fresh(s)) return;
     if (lane < kChunks) {
@@ -423,17 +418,17 @@ class HopperAttention {
       const Rotary by{fresh ? angles : rotary.cosine, fresh ? angles + kMaxHopperHeadDim : rotary.sine,
                       rotary.dim, rotary.interleaved};
 #pragma unroll 1
-      for (int i = lane; i < (rows + fresh) * kChunks; i += 32) {  // the new key is the last row
-        const int row = i / kChunks, at = number % kSegments * kSmallRows + row;
+      for (int i = lane; i < (rows + fresh) * kPairs; i += 32) {  // the new key is the last row
+        const int row = i / kPairs, pair = i % kPairs, at = number % kSegments * kSmallRows + row;
+        if (pair >= rotary.dim / 16) continue;
         const auto place = [&](int c) {
           return row == rows ? fresh_row(slot) + c * 16
                              : query_buffer(warpgroup) + chunk_offset<kWorkerRows>(at, c);
         };
-        RotaryChunk x;
-        by.read(x, i % kChunks, fresh ? 0 : query_position(warpgroup)[at],
-                [&](int c) { return load_shared_16(place(c)); });
-        by.template write<T>(x, i % kChunks,
-                             [&](int c, const uint4& rotated) { store_shared_16(place(c), rotated); });
+        by.template rotate<T>(
+            by.angles(fresh ? 0 : query_position(warpgroup)[at], pair), pair,
+            [&](int c) { return load_shared_16(place(c)); },
+            [&](int c, const uint4& rotated) { store_shared_16(place(c), rotated); });
       }
     }
     shared_write_fence();
@@ -489,31 +484,54 @@ class HopperAttention {
     barrier_arrive(merge_barrier(), 1);
   }
 
-  // Rotated queries into a warpgroup's rows first_row.. of shared memory. Rows that are not valid stay as
-  // they are: each row of a product depends on its own query alone.
-  template <int kBatch>
-  __device__ __forceinline__ void load_queries(int warpgroup, int first_row, int rows, int thread,
-                                               int threads) const {
-    const SharedAddress target = query_buffer(warpgroup);
-#pragma unroll 1
-    for (int base = thread; base < rows * kChunks; base += kBatch * threads) {
-      RotaryChunk x[kBatch];  // read together
+  // Starts the copies of a segment's rows first.. into a warpgroup's rows first_row + first.. of the queries,
+  // by one warp. Rows that are not valid stay as they are: each row of a product depends on its own query
+  // alone.
+  template <int kUnroll>
+  __device__ __forceinline__ void copy_rows(const Segment& s, int warpgroup, int first_row, int first,
+                                            int rows) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < rows) find_query(s, warpgroup, first_row, first + lane);
+    __syncwarp();
+#pragma unroll kUnroll
+    for (int i = lane; i < rows * kChunks; i += 32) {
+      const int row = first_row + first + i / kChunks, chunk = i % kChunks;
+      const uint4* query = static_cast<const uint4*>(p.query) + int64_t{query_row(warpgroup)[row]} * kChunks;
+      copy_async_16(query_buffer(warpgroup) + chunk_offset<kWorkerRows>(row, chunk), query + chunk, true);
+    }
+  }
+
+  // A large segment's rotated queries: each warp takes the 16 rows that it multiplies. All are under way at
+  // once, and their angles with them.
+  __device__ __forceinline__ void load_queries(const Segment& s, int warpgroup) const {
+    constexpr int kEach = kSmallRows * kPairs / 32;  // pairs of a lane
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * kSmallRows;
+    const int rows = min(s.rows - first, kSmallRows);
+    copy_rows<4>(s, warpgroup, 0, first, rows);
+    copy_async_commit();
+    if (rotary.dim == 0) {
+      copy_async_wait<0>();
+      return;
+    }
+    RotaryAngles by[kEach];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int index = base + i * threads, row = first_row + index / kChunks;
-        if (index >= rows * kChunks) continue;
-        const uint4* query =
-            static_cast<const uint4*>(p.query) + int64_t{query_row(warpgroup)[row]} * kChunks;
-        rotary.read(x[i], index % kChunks, query_position(warpgroup)[row], [&](int c) { return query[c]; });
-      }
+    for (int j = 0; j < kEach; ++j) {
+      const int row = (lane + 32 * j) / kPairs, pair = (lane + 32 * j) % kPairs;
+      if (row < rows && pair < rotary.dim / 16)
+        by[j] = rotary.angles(query_position(warpgroup)[first + row], pair);
+    }
+    copy_async_wait<0>();
+    __syncwarp();
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int index = base + i * threads, row = first_row + index / kChunks;
-        if (index >= rows * kChunks) continue;
-        rotary.write<T>(x[i], index % kChunks, [&](int c, const uint4& rotated) {
-          store_shared_16(target + chunk_offset<kWorkerRows>(row, c), rotated);
-        });
-      }
+    for (int j = 0; j < kEach; ++j) {
+      const int row = (lane + 32 * j) / kPairs, pair = (lane + 32 * j) % kPairs;
+      if (row >= rows || pair >= rotary.dim / 16) continue;
+      const auto place = [&](int c) {
+        return query_buffer(warpgroup) + chunk_offset<kWorkerRows>(first + row, c);
+      };
+      rotary.rotate<T>(
+          by[j], pair, [&](int c) { return load_shared_16(place(c)); },
+          [&](int c, const uint4& rotated) { store_shared_16(place(c), rotated); });
     }
   }
 
@@ -528,7 +546,6 @@ class HopperAttention {
   }
   template <int kKeys>
   __device__ __forceinline__ void consume(int warpgroup, const Walk& walk, bool wide) const {
-    const int thread = threadIdx.x % kWarpgroup;
     Ring ring = ring_of(wide, warpgroup);
     // A first segment that is large need not be handed over: its queries are asked for before the flood of
     // keys and values.
@@ -542,9 +559,7 @@ class HopperAttention {
       const Segment s = early ? own : segment(slot);
       if (s.blocks == 0) return;
       if (!s.small) {
-        if (thread < s.rows) find_query(s, warpgroup, 0, thread);
-        warpgroup_barrier(warpgroup);
-        load_queries<kKeys == kBlockKeys ? 4 : 2>(warpgroup, 0, s.rows, thread, kWarpgroup);
+        load_queries(s, warpgroup);
         shared_write_fence();
         warpgroup_barrier(warpgroup);
       }
@@ -559,15 +574,16 @@ class HopperAttention {
   template <int kKeys>
   __device__ __forceinline__ void attend(const Segment& s, int slot, bool wide, int warpgroup,
                                          Ring& ring) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % kWarpgroup;
-    const int row0 = warp * 16 + lane / 4;
+    const int lane = threadIdx.x % 32, thread = threadIdx.x % kWarpgroup;
+    const int warp = uniform(threadIdx.x / 32 % 4), row0 = warp * 16 + lane / 4;
     const int first_row = s.small ? slot % kSegments * kSmallRows : 0;
     const int rows = uniform(s.rows), blocks = uniform(s.blocks), last_key = uniform(s.last_key);
     int first_key = uniform(s.first_key);
     const bool idle = rows <= warp * 16;  // none of this warp's rows exists
     const uint32_t arrivals = wide ? 1 : 2;
 
-    const SharedAddress queries = query_buffer(warpgroup) + uniform(first_row) * kAtomRowBytes;
+    const uint64_t queries =
+        matrix_descriptor<kAtomRowBytes>(query_buffer(warpgroup) + uniform(first_row) * kAtomRowBytes, 16);
     // The keys that this thread's two rows see, counted from the first of a block and from this thread's
     // first column.
     int low[2], high[2];
@@ -585,25 +601,25 @@ class HopperAttention {
       }
     }
 
+    // Of blocks that begin from seen_from to seen_to this warp's rows see all keys.
+    const int seen_from = __reduce_max_sync(kAllLanes, max(low[0], low[1]));
+    const int seen_to = __reduce_min_sync(kAllLanes, min(high[0], high[1])) - (kKeys - 1);
+
     const bool capped = p.softcap > 0;
     // exp(score) = 2^(factor * s), s being the product or, capped, the whole score.
     const float factor = capped ? kLog2e : p.scale * kLog2e;
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     float output[kHeadDim / 2];
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0;
-
     uint32_t weights[kKeys / 16][4];
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) weights[k][0] = weights[k][1] = weights[k][2] = weights[k][3] = 0;
+    product_undefined(output);
+    product_undefined(weights);
     int values_before = 0;
-    // output += weights * values of the block before
-    const auto start_output = [&](SharedAddress values) {
+    // output += weights * values of block i - 1; the first product takes output for 0
+    const auto start_output = [&](SharedAddress at, int i) {
+      const uint64_t values = matrix_descriptor<kAtomRowBytes>(at, kKeys * kAtomRowBytes);
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_values<T>(
-            output, weights[k],
-            matrix_descriptor<kAtomRowBytes>(values + k * 16 * kAtomRowBytes, kKeys * kAtomRowBytes));
+        multiply_values<T>(output, weights[k], moved(values, k * 16 * kAtomRowBytes), k > 0 || i > 1);
       product_commit();
     };
 
@@ -625,12 +641,9 @@ class HopperAttention {
       }
       // scores = queries * keys^T
       float score[kKeys / 2];
-      const auto query_step = [&](int k) {
-        return matrix_descriptor<kAtomRowBytes>(queries + step_offset<kWorkerRows>(k), 16);
-      };
-      const auto key_step = [&](int k) {
-        return matrix_descriptor<kAtomRowBytes>(keys + step_offset<kKeys>(k), 16);
-      };
+      const uint64_t keys_matrix = matrix_descriptor<kAtomRowBytes>(keys, 16);
+      const auto query_step = [&](int k) { return moved(queries, step_offset<kWorkerRows>(k)); };
+      const auto key_step = [&](int k) { return moved(keys_matrix, step_offset<kKeys>(k)); };
       product_pin(output);
       product_begin();
       multiply_keys<T, false>(score, query_step(0), key_step(0));
@@ -639,7 +652,7 @@ class HopperAttention {
       product_commit();
       // Before the first block there are no values. Products behind a branch would be made to wait for each
       // other, so the keys are taken for them and the result is dropped.
-      start_output(buffer(i == 0 ? keys_stage : values_before, kKeys));
+      start_output(buffer(i == 0 ? keys_stage : values_before, kKeys), i);
       product_wait<1>();  // for the scores
       product_pin(score);
       if (lane == 0) barrier_arrive(free_barrier(keys_stage), arrivals);
@@ -648,49 +661,29 @@ class HopperAttention {
       float decay[2] = {1, 1};
       if (!idle) {
         if (capped) cap(score);
-        if (first_key + kKeys - 1 > min(high[0], high[1])) {
+        if (first_key > seen_to) {
           const int at[2] = {high[0] - first_key, high[1] - first_key};
 #pragma unroll
           for (int j = 0; j < kKeys / 2; ++j)
             if (j / 4 * 8 + j % 2 > at[j / 2 % 2]) score[j] = -INFINITY;
         }
-        if (first_key < max(low[0], low[1])) {
+        if (first_key < seen_from) {
           const int at[2] = {low[0] - first_key, low[1] - first_key};
 #pragma unroll
           for (int j = 0; j < kKeys / 2; ++j)
             if (j / 4 * 8 + j % 2 < at[j / 2 % 2]) score[j] = -INFINITY;
         }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float highest = maximum[r];
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-            highest = fmaxf(highest, fmaxf(score[4 * n + 2 * r], score[4 * n + 2 * r + 1]));
-          highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 1));
-          highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, 2));
-          // No key seen yet: subtract 0, so that 2^(-inf - 0) = 0 and not NaN.
-          const float shift = highest == -INFINITY ? 0 : highest * factor;
-          decay[r] = exp2_fast(maximum[r] * factor - shift);
-          maximum[r] = highest;
-          float more[2] = {0, 0};
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const float weight = exp2_fast(score[4 * n + 2 * r + c] * factor - shift);
-              score[4 * n + 2 * r + c] = weight;
-              more[c] += weight;
-            }
-          sum[r] = sum[r] * decay[r] + (more[0] + more[1]);
-        }
+        if (kKeys == kBlockKeys && rows <= warp * 16 + 8)  // as in decoding: half the work
+          weigh<1>(score, maximum, sum, decay, factor);
+        else
+          weigh<2>(score, maximum, sum, decay, factor);
       }
       product_wait<0>();
       product_pin(output);
       if (i > 0 && lane == 0) barrier_arrive(free_barrier(values_before), arrivals);
-      if (__any_sync(kAllLanes, i == 0 || decay[0] != 1 || decay[1] != 1)) {
+      if (i > 0 && __any_sync(kAllLanes, decay[0] != 1 || decay[1] != 1))
 #pragma unroll
-        for (int j = 0; j < kHeadDim / 2; ++j) output[j] = i == 0 ? 0 : output[j] * decay[j / 2 % 2];
-      }
+        for (int j = 0; j < kHeadDim / 2; ++j) output[j] *= decay[j / 2 % 2];
 #pragma unroll
       for (int j = 0; j < kKeys / 4; ++j) weights[j / 4][j % 4] = T::pack(score[2 * j], score[2 * j + 1]);
 
@@ -714,7 +707,7 @@ class HopperAttention {
     }
     product_pin(output);
     product_begin();
-    start_output(buffer(values_before, kKeys));
+    start_output(buffer(values_before, kKeys), blocks);
     product_wait<0>();
     product_pin(output);
     if (lane == 0) barrier_arrive(free_barrier(values_before), arrivals);
@@ -726,7 +719,7 @@ class HopperAttention {
       sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
       sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
       if (row0 + 8 * r >= rows) continue;
-      const float inverse = sum[r] == 0 ? 0 : 1 / sum[r];
+      const float inverse = sum[r] == 0 ? 0 : __fdividef(1, sum[r]);
       float* target = a.partial_output + int64_t{partial + 8 * r} * kHeadDim + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
@@ -734,8 +727,44 @@ class HopperAttention {
             make_float2(output[4 * n + 2 * r] * inverse, output[4 * n + 2 * r + 1] * inverse);
       if (lane % 4 == 0)
         a.partial_lse[partial + 8 * r] =
-            maximum[r] == -INFINITY ? -INFINITY : maximum[r] * factor + log2f(sum[r]);
+            maximum[r] == -INFINITY ? -INFINITY : maximum[r] * factor + log2_fast(sum[r]);
     }
+  }
+
+  // Scores of a block -> weights, 2^(factor * score - maximum), of this thread's first kRows rows.
+  template <int kRows, int kCount>
+  __device__ __forceinline__ static void weigh(float (&score)[kCount], float (&maximum)[2], float (&sum)[2],
+                                               float (&decay)[2], float factor) {
+    float highest[2] = {maximum[0], maximum[1]}, shift[2], more[2][2] = {};
+#pragma unroll
+    for (int n = 0; n < kCount / 4; ++n)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        highest[r] = fmaxf(highest[r], fmaxf(score[4 * n + 2 * r], score[4 * n + 2 * r + 1]));
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(kAllLanes, highest[r], distance));
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      // What is subtracted need not be the maximum: while that grows by little, nothing needs to decay.
+      const bool grown = highest[r] * factor > maximum[r] * factor + kSlack;
+      const float before = maximum[r];
+      if (grown) maximum[r] = highest[r];
+      // No key seen yet: subtract 0, so that 2^(-inf - 0) = 0 and not NaN.
+      shift[r] = maximum[r] == -INFINITY ? 0 : maximum[r] * factor;
+      if (grown) decay[r] = exp2_fast(before * factor - shift[r]);
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int r = j / 2 % 2;
+      if (r >= kRows) continue;
+      score[j] = exp2_fast(score[j] * factor - shift[r]);
+      more[r][j % 2] += score[j];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum[r] = sum[r] * decay[r] + (more[r][0] + more[r][1]);
   }
 
   // score -> softcap * tanh(scale * score / softcap); tanh(x) = 1 - 2 / (e^2x + 1)

@@ -106,6 +106,19 @@ template <int kPending>
 __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Has the values change, to whatever.
+template <int kCount>
+__device__ __forceinline__ void product_undefined(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(x[i]));
+}
+template <int kRows, int kColumns>
+__device__ __forceinline__ void product_undefined(uint32_t (&x)[kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) asm volatile("" : "=r"(x[i][j]));
+}
 // Accumulators may not be moved across it.
 template <int kCount>
 __device__ __forceinline__ void product_pin(float (&x)[kCount]) {
@@ -121,6 +134,11 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address, uin
   constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
   constexpr uint64_t kEightRows = 8 * kRowBytes / 16;
   return kSwizzle << 62 | kEightRows << 32 | uint64_t{atom_bytes / 16} << 16 | (address & 0x3ffff) >> 4;
+}
+
+// The same matrix so many bytes further on (of the first 256 KB).
+__device__ __forceinline__ uint64_t moved(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + bytes / 16;
 }
 
 #define RELAY_LIST_16(r) \
@@ -145,11 +163,12 @@ __device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress address, uin
 #define RELAY_RESULT(i) "=f"(c[i])
 
 // names, list: of the accumulators; a0..a3, b, s: numbers of the other operands
-#define RELAY_PRODUCT(columns, type, names, list, a0, a1, a2, a3, b)                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, {%" a0 \
-               ", %" a1 ", %" a2 ", %" a3 "}, %" b ", 1, 1, 1, 1;"                                        \
-               : list(RELAY_ACCUMULATOR)                                                                  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor))
+#define RELAY_PRODUCT(columns, type, names, list, a0, a1, a2, a3, b, s)                             \
+  asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %" s                               \
+               ", 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names \
+               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b ", accumulate, 1, 1, 1; }"            \
+               : list(RELAY_ACCUMULATOR)                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(accumulate))
 #define RELAY_PRODUCT_SHARED(columns, type, names, list, constraint, accumulate, a_name, b_name)             \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, %" a_name \
                ", %" b_name ", " accumulate ", 1, 1, 0, 0;"                                                  \
@@ -177,34 +196,38 @@ __device__ __forceinline__ void multiply_keys(float (&c)[kCount], uint64_t a, ui
   }
 }
 
-// c[64, 2 * kCount] += a[64, 16] * b[16, 2 * kCount], b's rows in shared memory.
+// c[64, 2 * kCount] = (accumulate ? c : 0) + a[64, 16] * b[16, 2 * kCount], b's rows in shared memory.
 template <class T>
-__device__ __forceinline__ void multiply_values(float (&c)[16], const uint32_t (&a)[4], uint64_t descriptor) {
+__device__ __forceinline__ void multiply_values(float (&c)[16], const uint32_t (&a)[4], uint64_t descriptor,
+                                                int accumulate) {
   if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT("32", "f16", RELAY_NAMES_16, RELAY_LIST_16, "16", "17", "18", "19", "20");
+    RELAY_PRODUCT("32", "f16", RELAY_NAMES_16, RELAY_LIST_16, "16", "17", "18", "19", "20", "21");
   else
-    RELAY_PRODUCT("32", "bf16", RELAY_NAMES_16, RELAY_LIST_16, "16", "17", "18", "19", "20");
+    RELAY_PRODUCT("32", "bf16", RELAY_NAMES_16, RELAY_LIST_16, "16", "17", "18", "19", "20", "21");
 }
 template <class T>
-__device__ __forceinline__ void multiply_values(float (&c)[32], const uint32_t (&a)[4], uint64_t descriptor) {
+__device__ __forceinline__ void multiply_values(float (&c)[32], const uint32_t (&a)[4], uint64_t descriptor,
+                                                int accumulate) {
   if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT("64", "f16", RELAY_NAMES_32, RELAY_LIST_32, "32", "33", "34", "35", "36");
+    RELAY_PRODUCT("64", "f16", RELAY_NAMES_32, RELAY_LIST_32, "32", "33", "34", "35", "36", "37");
   else
-    RELAY_PRODUCT("64", "bf16", RELAY_NAMES_32, RELAY_LIST_32, "32", "33", "34", "35", "36");
+    RELAY_PRODUCT("64", "bf16", RELAY_NAMES_32, RELAY_LIST_32, "32", "33", "34", "35", "36", "37");
 }
 template <class T>
-__device__ __forceinline__ void multiply_values(float (&c)[48], const uint32_t (&a)[4], uint64_t descriptor) {
+__device__ __forceinline__ void multiply_values(float (&c)[48], const uint32_t (&a)[4], uint64_t descriptor,
+                                                int accumulate) {
   if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT("96", "f16", RELAY_NAMES_48, RELAY_LIST_48, "48", "49", "50", "51", "52");
+    RELAY_PRODUCT("96", "f16", RELAY_NAMES_48, RELAY_LIST_48, "48", "49", "50", "51", "52", "53");
   else
-    RELAY_PRODUCT("96", "bf16", RELAY_NAMES_48, RELAY_LIST_48, "48", "49", "50", "51", "52");
+    RELAY_PRODUCT("96", "bf16", RELAY_NAMES_48, RELAY_LIST_48, "48", "49", "50", "51", "52", "53");
 }
 template <class T>
-__device__ __forceinline__ void multiply_values(float (&c)[64], const uint32_t (&a)[4], uint64_t descriptor) {
+__device__ __forceinline__ void multiply_values(float (&c)[64], const uint32_t (&a)[4], uint64_t descriptor,
+                                                int accumulate) {
   if constexpr (std::is_same<T, Float16>::value)
-    RELAY_PRODUCT("128", "f16", RELAY_NAMES_64, RELAY_LIST_64, "64", "65", "66", "67", "68");
+    RELAY_PRODUCT("128", "f16", RELAY_NAMES_64, RELAY_LIST_64, "64", "65", "66", "67", "68", "69");
   else
-    RELAY_PRODUCT("128", "bf16", RELAY_NAMES_64, RELAY_LIST_64, "64", "65", "66", "67", "68");
+    RELAY_PRODUCT("128", "bf16", RELAY_NAMES_64, RELAY_LIST_64, "64", "65", "66", "67", "68", "69");
 }
 
 #undef RELAY_PRODUCT

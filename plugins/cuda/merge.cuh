@@ -97,9 +97,10 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
                                            const Worker& worker, const GridBarrier& barrier, float* sums,
                                            float* scratch) {
   constexpr int kVector = kHeadDim % 128 == 0 ? 4 : (kHeadDim % 64 == 0 ? 2 : 1);
-  constexpr int kVectors = kHeadDim / (32 * kVector);        // of each lane
-  constexpr int kAhead = (kHeadDim > 128 ? 8 : 16) / kRows;  // partials of a row read at a time
-  constexpr int kGroup = kRows == 1 ? 4 : kAhead;            // of those, what is read or left out together
+  constexpr int kVectors = kHeadDim / (32 * kVector);  // of each lane
+  // Partials of a row read at a time, and what of those is read or left out together.
+  constexpr int kAhead = kRows == 4 ? Worker::kFourRowsAhead : (kHeadDim > 128 ? 8 : 16);
+  constexpr int kGroup = kAhead < 4 ? kAhead : 4;
   constexpr int kLanes = 32 / kRows;
   const RelayParams& p = a.params;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -135,13 +136,13 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
       float weight = 0;
 #pragma unroll 1
       for (int ahead = 0; ahead < min(kLanes, most - base); ahead += kAhead) {
-        // Partials that there are not weigh nothing. One row's are not read either; of four rows most are
-        // there, and the others' place is taken by the first.
+        // Partials that there are not weigh nothing, and are not read: but of four rows those that another
+        // has, in whose place the first is.
         const int left = most - base - ahead;
         float part[kAhead][kRows][kVectors][kVector];
 #pragma unroll
         for (int group = 0; group < kAhead; group += kGroup) {
-          if (kRows == 1 && group >= left) continue;
+          if (group >= left) continue;
           int at[kGroup][kRows];
 #pragma unroll
           for (int j = 0; j < kGroup; ++j)
@@ -158,7 +159,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
 #pragma unroll
                 for (int i = 0; i < kVector; ++i) into[i] = 0;
                 load_other_block_if(
-                    kRows > 1 || group + j < left, into,
+                    group + j < left, into,
                     a.partial_output + int64_t{at[j][r]} * kHeadDim + (v * 32 + lane) * kVector);
               }
         }
@@ -186,7 +187,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
         }
 #pragma unroll
         for (int group = 0; group < kAhead; group += kGroup) {
-          if (kRows == 1 && group >= left) continue;
+          if (group >= left) continue;
 #pragma unroll
           for (int j = group; j < group + kGroup; ++j)
 #pragma unroll
@@ -265,6 +266,7 @@ __device__ __forceinline__ void merge_rows(const KernelArguments& a, const Sched
 }
 
 // worker: prefix_partials(kv_head, packed_row), context_partials(request, kv_head, packed_row);
+// kFourRowsAhead, partials of each of four rows that a warp may read at a time;
 // first_merge_row(number, index, rows), merge_row() of the block's first rows, by their number in the block;
 // and of the first kWarps warps of the block, which take part, wait_for_grid(barrier), until all blocks have
 // arrived, and exchange(turn), a barrier for shared memory alone (turn: 0 before the first).

@@ -124,8 +124,12 @@ bool plan_hopper(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   while (stages > 4 && bytes(stages) > device.shared_bytes_per_block) --stages;
   if (bytes(stages) > device.shared_bytes_per_block) return false;
   plan->hopper = true;
+  // Copies are kept few, so that queries need not wait behind them, but for where contexts are most of the
+  // work.
+  const bool many = int64_t{p.batch} * p.kv_num_heads >= int64_t{6} * device.sm_count;
+  const int copies = many ? 4 : 3;
   plan->copies_in_flight =
-      std::min(tuning.copies_in_flight > 0 ? tuning.copies_in_flight : 3, stages / 2 * 2);
+      std::min(tuning.copies_in_flight > 0 ? tuning.copies_in_flight : copies, stages / 2 * 2);
   plan->depth = stages;
   plan->shared_bytes = bytes(stages);
   plan->grid = device.sm_count;
@@ -275,12 +279,11 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
     const Status status = plan_portable(p, tuning, device, plan, message, size);
     if (status != Status::kOk) return status;
   }
-  // What 64 keys of a narrow tile cost beside as many of a wide one, measured on an H100: the more tiles read
-  // the same keys, the longer a wide one takes.
-  const int64_t rows = int64_t{p.batch} * p.sequence * (p.num_heads / p.kv_num_heads);
+  // What 64 keys of a narrow tile cost beside as many of a wide one (16), measured on an H100.
+  const int64_t tiles = divide_up(int64_t{p.batch} * p.sequence * (p.num_heads / p.kv_num_heads), 128);
   const int narrow_cost = plan->wide_keys > kBlockKeys
                               ? 16
-                              : static_cast<int>(std::max<int64_t>(12, 17 - divide_up(rows, 128) / 2));
+                              : (tiles <= 2 ? 18 : static_cast<int>(std::max<int64_t>(12, 17 - tiles / 2)));
   const int usual[] = {plan->hopper ? 16 : 1, plan->hopper ? narrow_cost : 1};
   plan->prefix_cost = tuning.prefix_cost > 0 ? std::min(tuning.prefix_cost, 64) : usual[0];
   plan->context_cost = tuning.context_cost > 0 ? std::min(tuning.context_cost, 64) : usual[1];
@@ -292,7 +295,7 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   // The prefix's addresses are known before the lengths are: some of it can be asked into L2 meanwhile.
   // Measured on an H100: 2 MB save the Hopper kernel up to 0.5 us at up to 128 rows; beyond that, and for the
   // portable kernel, it never helped.
-  const bool helps = plan->hopper && rows <= 128;
+  const bool helps = plan->hopper && tiles <= 1;
   const int64_t megabytes =
       tuning.l2_prefetch_mb > 0 ? tuning.l2_prefetch_mb : (tuning.l2_prefetch_mb == 0 && helps ? 2 : 0);
   const int64_t prefix_bytes = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;

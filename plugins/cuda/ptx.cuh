@@ -130,6 +130,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- between blocks ----
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* word) {
   uint32_t value;

@@ -46,6 +46,10 @@ struct RotaryChunk {
   uint4 cosine, sine;  // interleaved: x and y only
 };
 
+struct RotaryAngles {
+  uint4 cosine, sine;
+};
+
 // The rotary caches as rows of angles; dim = 0: no rotary. A row's chunks are visited in two steps, so that a
 // thread can have many reads under way before it needs the first. Half-split, a chunk of the first half takes
 // its partner along, which does nothing of its own.
@@ -78,6 +82,27 @@ struct Rotary {
       chunk.cosine = *reinterpret_cast<const uint4*>(static_cast<const char*>(cosine) + angle);
       chunk.sine = *reinterpret_cast<const uint4*>(static_cast<const char*>(sine) + angle);
     }
+  }
+
+  // A row of dim / 8 chunks is dim / 16 pairs of them that share eight angles: half-split chunks i and i +
+  // dim / 16, interleaved 2i and 2i + 1.
+  __device__ __forceinline__ RotaryAngles angles(int position, int pair) const {
+    const int64_t at = int64_t{position} * (dim / 16) + pair;
+    return {static_cast<const uint4*>(cosine)[at], static_cast<const uint4*>(sine)[at]};
+  }
+  // Rotates a pair in place, through load(chunk) and store(chunk, value).
+  template <class T, class Load, class Store>
+  __device__ __forceinline__ void rotate(const RotaryAngles& by, int pair, Load load, Store store) const {
+    const int first = interleaved ? 2 * pair : pair, second = interleaved ? first + 1 : pair + dim / 16;
+    uint4 x1 = load(first), x2 = load(second);
+    if (interleaved) {
+      rotate_pairs<T>(x1, make_uint2(by.cosine.x, by.cosine.y), make_uint2(by.sine.x, by.sine.y));
+      rotate_pairs<T>(x2, make_uint2(by.cosine.z, by.cosine.w), make_uint2(by.sine.z, by.sine.w));
+    } else {
+      rotate_halves<T>(x1, x2, by.cosine, by.sine);
+    }
+    store(first, x1);
+    store(second, x2);
   }
 
   // Rotates what read() read, and hands each result to store(chunk, value).

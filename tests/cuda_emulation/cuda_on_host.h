@@ -584,6 +584,13 @@ inline unsigned __reduce_min_sync(unsigned, unsigned value) {
   return fold<unsigned>(10, value, ~0u, [](unsigned r, unsigned x, int) { return min(r, x); });
 }
 
+inline int __reduce_min_sync(unsigned, int value) {
+  return fold<int>(12, value, INT32_MAX, [](int r, int x, int) { return min(r, x); });
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  return fold<int>(13, value, INT32_MIN, [](int r, int x, int) { return max(r, x); });
+}
+
 // ---- the host twin of ptx.cuh ----
 namespace relay::cuda {
 
@@ -763,6 +770,7 @@ inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 
 // Read in spins: others must run in between.
 inline uint32_t load_relaxed(const uint32_t* word) { return *const_cast<const volatile uint32_t*>(word); }

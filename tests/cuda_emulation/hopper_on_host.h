@@ -496,6 +496,15 @@ inline void product_wait() {
   cuda_on_host::wait_for_products(kPending);
 }
 template <int kCount>
+inline void product_undefined(float (&x)[kCount]) {
+  for (float& value : x) value = NAN;
+}
+template <int kRows, int kColumns>
+inline void product_undefined(uint32_t (&x)[kRows][kColumns]) {
+  for (auto& row : x)
+    for (uint32_t& word : row) word = 0xffffffffu;
+}
+template <int kCount>
 inline void product_pin(float (&x)[kCount]) {
   const int lane = cuda_on_host::machine()->thread % 32;
   for (const cuda_on_host::Accumulator& a : cuda_on_host::products().accumulators)
@@ -511,6 +520,7 @@ inline uint64_t matrix_descriptor(SharedAddress address, uint32_t atom_bytes) {
   if (start > 0x3ffff) cuda_on_host::die("an address beyond what a matrix descriptor holds");
   return kSwizzle << 62 | kEightRows << 32 | uint64_t{atom_bytes / 16} << 16 | start >> 4;
 }
+inline uint64_t moved(uint64_t descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
 
 template <class T, bool kAccumulate, int kCount>
 [[gnu::always_inline]] inline void multiply_keys(float (&c)[kCount], uint64_t a, uint64_t b) {
@@ -526,10 +536,11 @@ template <class T, bool kAccumulate, int kCount>
 
 template <class T, int kCount>
 [[gnu::always_inline]] inline void multiply_values(float (&c)[kCount], const uint32_t (&a)[4],
-                                                   uint64_t descriptor) {
+                                                   uint64_t descriptor, int accumulate) {
   cuda_on_host::Product product{};
   product.execute = cuda_on_host::execute_product<T>;
-  product.values = product.accumulate = true;
+  product.values = true;
+  product.accumulate = accumulate != 0;
   product.columns = 2 * kCount;
   product.b = descriptor;
   product.where = cuda_on_host::here();

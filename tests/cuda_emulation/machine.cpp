@@ -80,7 +80,7 @@ void test(const std::string& name) {
       const auto one = [&](int row, int column) { return Float16::pack(row == column, row == column + 1); };
       const uint32_t a[4] = {one(g, t), one(g + 8, t), one(g, t + 8), one(g + 8, t + 8)};
       product_begin();
-      multiply_values<Float16>(d, a, matrix_descriptor<128>(at(kA + 16 * 128), kBytes));
+      multiply_values<Float16>(d, a, matrix_descriptor<128>(at(kA + 16 * 128), kBytes), 1);
       product_commit();
       product_wait<0>();
       for (int i = 0; i < 32; ++i)
@@ -105,7 +105,7 @@ void test(const std::string& name) {
       float c[32] = {};
       uint32_t a[4] = {};
       product_begin();
-      multiply_values<Float16>(c, a, matrix_descriptor<128>(at(kA), kBytes));
+      multiply_values<Float16>(c, a, matrix_descriptor<128>(at(kA), kBytes), 1);
       product_commit();
       a[1] = 1;
       product_wait<0>();

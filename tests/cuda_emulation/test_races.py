@@ -134,7 +134,7 @@ DISREGARDED: dict[str, tuple[str, int, Case, list[str]]] = {
         "hopper",
         NAMED_BARRIER << 1,
         CASES["prefill, ragged"],
-        ["query_row(warpgroup)[first_row + row] ="],
+        ["products race"],
     ),
     "hopper, barrier of the consumers": (
         "hopper",
