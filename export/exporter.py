@@ -21,6 +21,7 @@ from relay_attention.export.passes import rewrite, run
 from relay_attention.export.passes.bfloat16_on_cuda import Bfloat16OnCuda
 from relay_attention.export.passes.gather_on_device import GatherOnDevice
 from relay_attention.export.passes.replace_attention import is_relay_attention
+from relay_attention.export.passes.split_mixed_norms import SplitMixedNorms
 from relay_attention.export.passes.tensorrt import tensorrt_passes
 from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
@@ -111,7 +112,7 @@ def export_model(
                 raise ExportError(_NO_BFLOAT16_THERE)
             run(loaded.model, tensorrt_passes() if target == "tensorrt" else [GatherOnDevice()])
             if dtype == bfloat16.NAME:
-                run(loaded.model, [Bfloat16OnCuda()])
+                run(loaded.model, [Bfloat16OnCuda(), SplitMixedNorms()])
         geometry = _geometry(loaded)
         _write_model(loaded.model, folder, progress)
         eos = loaded.eos or ((tokenizer.eos_id,) if tokenizer.eos_id is not None else ())

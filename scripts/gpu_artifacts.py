@@ -109,6 +109,23 @@ def write_reference(folder: Path, questions: list[str], new_tokens: int = 8) -> 
     np.savez(folder.with_suffix(".npz"), prompt_lens=lengths, prompts=padded, tokens=tokens, logits=found)
 
 
+def make_gemma2(folder: Path) -> Path:
+    """A tiny Gemma 2, random: norms scaled in float32, softcaps, a window, activations of other kinds."""
+    import torch
+    import transformers
+
+    config = transformers.Gemma2Config(
+        vocab_size=768, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, query_pre_attn_scalar=64, sliding_window=24,
+        max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Gemma2ForCausalLM(config).to(torch.bfloat16).eval().save_pretrained(folder)
+    for path in DEMO.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,13 +142,17 @@ def main() -> None:
             "demo-bf16-input": (DEMO, {"precision": "bf16", "prefix": "input"}),
             "demo-int4": (make_int4(Path(scratch) / "int4"), {}),
             "demo-int4-bf16": (make_int4(Path(scratch) / "int4-bf16", "use_cuda_bf16=1"), {}),
+            "gemma2-bf16": (
+                make_gemma2(Path(scratch) / "gemma2"),
+                {"precision": "bf16", "template": "plain"},
+            ),
             "gpt2": (make_gpt2(Path(scratch) / "gpt2"), {"precision": "fp16", "template": "plain"}),
         }
         for name, (source, options) in sources.items():
             print(f"{name} ...", flush=True)
             text = prompt if name != "demo-bf16-input" else system_prompt(16)
             export_model(source, text, folder / name, max_context=128, threads=2, **options)
-    for name in ("demo-bf16", "demo-int4-bf16"):
+    for name in ("demo-bf16", "demo-int4-bf16", "gemma2-bf16"):
         write_reference(folder / name, [*questions(prompt)[::8], "the a of to", "?"])
     (folder / "system_prompt.txt").write_text(prompt, encoding="utf-8")
 
