@@ -251,20 +251,20 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBase):
         """The session; settles whether decode steps may be captured."""
         if device == "cpu":
             self._give_up_graphs("device is 'cpu'")
-            session = open_session(artifact, threads, [provider], {_RECORD: "1"})
+            session = _open_recording(artifact, threads, provider)
             check_placement(session, provider)
             return session
         session = None
         if self._graph_wanted is not False:
             with_graph = (provider[0], provider[1] | {"enable_cuda_graph": "1"})
             try:
-                session = open_session(artifact, threads, [with_graph], {_RECORD: "1"})
+                session = _open_recording(artifact, threads, with_graph)
                 self.cuda_graph, self.cuda_graph_reason = True, ""
             except BackendError as error:
                 if _CANNOT_CAPTURE not in str(error):
                     raise
                 self._give_up_graphs(str(error))
-        session = session or open_session(artifact, threads, [provider], {_RECORD: "1"})
+        session = session or _open_recording(artifact, threads, provider)
         check_placement(session, CUDA)
         self._on_host = _inputs_on_host(session)
         if self.cuda_graph:
@@ -373,6 +373,20 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBase):
                 binding.host_input(name, array)
             else:
                 binding.input(name, there)
+
+
+def _open_recording(artifact: Artifact, threads: int | None, provider: Any) -> Any:
+    """`open_session` on one provider, which can say afterwards where its nodes run."""
+    try:
+        return open_session(artifact, threads, [provider], {_RECORD: "1"})
+    except BackendError as error:
+        # of types that no kernel of an op has, it says that the graph is invalid
+        if not all(part in str(error) for part in ("tensor(bfloat16)", f"operator ({OP_TYPE})")):
+            raise
+        raise BackendError(
+            f"{artifact.path}: is bfloat16, which only CUDA kernels take, and {library_path()} has none: "
+            "build it with RELAY_CUDA=ON"
+        ) from error
 
 
 def run_options(entries: dict[str, int]) -> Any:

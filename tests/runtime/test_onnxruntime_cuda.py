@@ -160,6 +160,17 @@ def test_bfloat16_is_not_for_the_cpu(make_artifact, tmp_path):
         load_backend("onnxruntime", artifact)
 
 
+@pytest.mark.skipif(HAS_CUDA, reason="this op library may have CUDA kernels")
+def test_bfloat16_without_cuda_kernels(make_artifact, tmp_path):
+    """As with an op library for CPUs beside onnxruntime-gpu."""
+    artifact = make_artifact(tmp_path / "narrow", dtype="bfloat16")
+    with pytest.raises(
+        BackendError,
+        match=r"is bfloat16, which only CUDA kernels take, .* has none: build it with RELAY_CUDA=ON",
+    ):
+        load_backend(NAME, artifact, device="cpu")
+
+
 def test_graph_of_the_likeliest_tokens():
     """What is encoded by hand is what onnx makes."""
     made = onnx.load_from_string(top_tokens_model())
