@@ -80,8 +80,9 @@ class HopperAttention {
 
   __device__ __forceinline__ void run() {
     // Everything waits for the lengths.
-    const int2 lengths = schedule.ask_lengths();
+    const HopperSchedule::Asked lengths = schedule.ask_lengths();
     const GridBarrier barrier(a.barrier, kGridWaiter);
+    if (threadIdx.x == kHopperThreads - 32) schedule.prefetch_prefix();
     if (threadIdx.x % 32 == 0) {
       constexpr int kWarps = kHopperThreads / 32;
       const int warp = threadIdx.x / 32;
@@ -563,9 +564,9 @@ class HopperAttention {
         shared_write_fence();
         warpgroup_barrier(warpgroup);
       }
-      if (early) barrier_wait(segment_barrier(slot, 0), 0);
+      if (early && s.request >= 0) barrier_wait(segment_barrier(slot, 0), 0);  // for a new token
       const bool last = uniform(s.last);
-      attend<kKeys>(segment(slot), slot, wide, warpgroup, ring);
+      attend<kKeys>(s, slot, wide, warpgroup, ring);
       if (last) return;
     }
   }

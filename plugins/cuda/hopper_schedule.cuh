@@ -121,39 +121,73 @@ struct HopperSchedule : RequestTables {
     describe(walk);
   }
 
-  // The lengths of one request, not checked yet: of each lane's, or of each thread's where the batch is
-  // large.
-  __device__ __forceinline__ int2 ask_lengths() const {
+  // The lengths of one request or, of up to 64, of a lane's two; not checked yet.
+  struct Asked {
+    int context[2], query[2];
+  };
+  __device__ __forceinline__ Asked ask_lengths() const {
     const RelayParams& p = arguments->params;
-    const int request = threadIdx.x % (p.batch <= 32 ? 32 : kHopperThreads);
-    if (request >= p.batch) return make_int2(0, 0);
-    return make_int2(p.context_lens[request], p.query_lens[request]);
+    Asked asked{};
+    const int request = p.batch <= 64 ? first_of_lane() : threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (request + i < p.batch && (i == 0 || p.batch > 32)) {
+        asked.context[i] = p.context_lens[request + i];
+        asked.query[i] = p.query_lens[request + i];
+      }
+    return asked;
+  }
+
+  // Until the work is shared out the memory has nothing to do, and where the prefix lies is known without the
+  // lengths. Asked for evenly over it, so that all who begin anywhere in it find their share in L2. By one
+  // thread, behind ask_lengths().
+  __device__ __forceinline__ void prefetch_prefix() const {
+    const KernelArguments& a = *arguments;
+    const RelayParams& p = a.params;
+    constexpr int kPiece = 16384;
+    const int64_t tensor = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
+    const int pieces = static_cast<int>(tensor / kPiece),
+              wanted = static_cast<int>(a.l2_prefetch_bytes / kPiece);
+#pragma unroll 1
+    for (int i = blockIdx.x; i < 2 * wanted; i += gridDim.x) {
+      const int piece = static_cast<int>(int64_t{i / 2} * pieces / wanted);
+      prefetch_l2_bulk(
+          static_cast<const char*>(i % 2 == 0 ? p.prefix_key : p.prefix_value) + int64_t{piece} * kPiece,
+          kPiece);
+    }
   }
 
   // Called by all threads of the block, with ask_lengths(); ends with a barrier.
-  __device__ __forceinline__ void build(int2 asked) const {
+  __device__ __forceinline__ void build(const Asked& asked) const {
     const KernelArguments& a = *arguments;
     const RelayParams& p = a.params;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // A lane for each request: one warp shares out the work while another fills the tables.
-    const bool few = p.batch <= 32 && !is_cut(a, p);
+    // A lane for each request or two: one warp shares out the work while another fills the tables.
+    const bool few = p.batch <= 64 && !is_cut(a, p);
     Sums sums{};
     if (few) {
       if (warp < 2) {
-        const Lengths n = check_lengths(p, asked.x, asked.y);
-        const int units = context_units(n.context, n.query);
-        sums.lowest = n.query > 0 ? n.context : INT32_MAX;
+        Lengths n[2];
+        int units[2];
+        sums.lowest = INT32_MAX;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          n[i] = check_lengths(p, asked.context[i], asked.query[i]);
+          units[i] = context_units(n[i].context, n[i].query);
+          if (n[i].query > 0) sums.lowest = min(sums.lowest, n[i].context);
+        }
         if (warp == 0) {
-          sums.tokens = __reduce_add_sync(kAllLanes, n.query);
-          sums.units = __reduce_add_sync(kAllLanes, units);
+          sums.tokens = __reduce_add_sync(kAllLanes, n[0].query + n[1].query);
+          sums.units = __reduce_add_sync(kAllLanes, units[0] + units[1]);
         } else {
-          fill_tables(a, p, lane, n, units, sums.lowest);
+          fill_tables(a, p, n, units, sums.lowest);
         }
       }
     } else {
       for (int b = threadIdx.x; b < p.batch; b += kHopperThreads) {
-        const Lengths n =
-            b < kHopperThreads && p.batch > 32 ? check_lengths(p, asked.x, asked.y) : read_lengths(p, b);
+        const Lengths n = b < kHopperThreads && p.batch > 64
+                              ? check_lengths(p, asked.context[0], asked.query[0])
+                              : read_lengths(p, b);
         context_len()[b] = n.context;
         token_start()[b] = n.query;  // for now
         first_token()[b] = 0;
@@ -166,8 +200,6 @@ struct HopperSchedule : RequestTables {
     if (warp == 0) {
       const int first_unit = share_out(a, p, sums);
       if (!few) fill_tables(p, sums, first_unit);
-    } else if (threadIdx.x == kHopperThreads - 32 && asked.y != INT32_MIN) {
-      prefetch_prefix(a, p);  // behind the lengths
     }
     __syncthreads();
   }
@@ -180,6 +212,11 @@ struct HopperSchedule : RequestTables {
     int token_before, unit_before;  // of those of the lanes before
   };
 
+  // Of up to 64 requests.
+  __device__ __forceinline__ int first_of_lane() const {
+    const int lane = threadIdx.x % 32;
+    return arguments->params.batch <= 32 ? lane : 2 * lane;
+  }
   // Whether the call may take more launches than this one.
   __device__ __forceinline__ static bool is_cut(const KernelArguments& a, const RelayParams& p) {
     return a.token_end - a.token_begin < p.batch * p.sequence;
@@ -214,22 +251,6 @@ struct HopperSchedule : RequestTables {
     prefetch_l2(static_cast<const char*>(p.sin_cache) + row);
   }
 
-  // While the work is shared out the memory has nothing to do. Asked for evenly over the prefix, so that all
-  // who begin anywhere in it find their share in L2; not before the lengths are read, as they would wait.
-  __device__ __forceinline__ void prefetch_prefix(const KernelArguments& a, const RelayParams& p) const {
-    constexpr int kPiece = 16384;
-    const int64_t tensor = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
-    const int pieces = static_cast<int>(tensor / kPiece),
-              wanted = static_cast<int>(a.l2_prefetch_bytes / kPiece);
-#pragma unroll 1
-    for (int i = blockIdx.x; i < 2 * wanted; i += gridDim.x) {
-      const int piece = static_cast<int>(int64_t{i / 2} * pieces / wanted);
-      prefetch_l2_bulk(
-          static_cast<const char*>(i % 2 == 0 ? p.prefix_key : p.prefix_value) + int64_t{piece} * kPiece,
-          kPiece);
-    }
-  }
-
   // One warp, each lane consecutive requests.
   __device__ __forceinline__ Sums count(const KernelArguments& a, const RelayParams& p) const {
     const int lane = threadIdx.x;
@@ -261,20 +282,27 @@ struct HopperSchedule : RequestTables {
     }
   }
 
-  // The tables of up to 32 requests, by one warp: request `lane` has n and so many units of its context.
-  __device__ __forceinline__ void fill_tables(const KernelArguments& a, const RelayParams& p, int lane,
-                                              const Lengths& n, int units, int lowest) const {
-    prefetch_angles(p, n);
-    int token = n.query, unit = units;
+  // The tables of up to 64 requests, by one warp: a lane's have n and so many units of their contexts.
+  __device__ __forceinline__ void fill_tables(const KernelArguments& a, const RelayParams& p,
+                                              const Lengths (&n)[2], const int (&units)[2],
+                                              int lowest) const {
+    int token = n[0].query + n[1].query, unit = units[0] + units[1], all_units;
     HopperTotals t{};
-    scan(token, unit, &t.tokens, &units);
+    scan(token, unit, &t.tokens, &all_units);
     count_prefix(a, p, lowest, t);
-    if (lane >= p.batch) return;
-    context_len()[lane] = n.context;
-    first_token()[lane] = 0;
-    token_start()[lane] = token;
-    unit_start()[lane] = t.prefix_units + unit;
-    for (int i = 0; i < n.query; ++i) request_of_token()[token + i] = static_cast<uint16_t>(lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int request = first_of_lane() + i;
+      if (request >= p.batch || (i > 0 && p.batch <= 32)) return;
+      prefetch_angles(p, n[i]);
+      context_len()[request] = n[i].context;
+      first_token()[request] = 0;
+      token_start()[request] = token;
+      unit_start()[request] = t.prefix_units + unit;
+      for (int k = 0; k < n[i].query; ++k) request_of_token()[token + k] = static_cast<uint16_t>(request);
+      token += n[i].query;
+      unit += units[i];
+    }
   }
 
   // What of the totals is the prefix's, given the tokens, by one warp.

@@ -292,12 +292,12 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
     return fail(Status::kUnsupported, message, size,
                 "too much work for 32-bit counts: batch %d, prefix %d, context %d", p.batch, p.prefix_length,
                 p.max_context);
-  // The prefix's addresses are known before the lengths are: some of it can be asked into L2 meanwhile.
-  // Measured on an H100: 2 MB save the Hopper kernel up to 0.5 us at up to 128 rows; beyond that, and for the
-  // portable kernel, it never helped.
-  const bool helps = plan->hopper && tiles <= 1;
+  // Until the lengths are read and the work is shared out, some of the prefix can be asked into L2. Measured
+  // on an H100 (docs/performance_gpu.md): 6 MB, what the memory gives meanwhile, save the Hopper kernel up
+  // to 1.1 us at up to 256 rows; beyond that, and for the portable kernel, it never helped. A window may hide them.
+  const bool helps = plan->hopper && tiles <= 2 && p.local_window_size < 0;
   const int64_t megabytes =
-      tuning.l2_prefetch_mb > 0 ? tuning.l2_prefetch_mb : (tuning.l2_prefetch_mb == 0 && helps ? 2 : 0);
+      tuning.l2_prefetch_mb > 0 ? tuning.l2_prefetch_mb : (tuning.l2_prefetch_mb == 0 && helps ? 6 : 0);
   const int64_t prefix_bytes = int64_t{2} * p.kv_num_heads * p.prefix_length * p.head_dim;
   plan->l2_prefetch_bytes = std::min(prefix_bytes, (megabytes << 20) / 2);
   return Status::kOk;
