@@ -161,7 +161,7 @@ class HopperAttention {
   __device__ __forceinline__ Partials prefix_partials(int kv_head, int packed) const {
     const int blocks = schedule.totals().prefix_blocks;
     const int tile = packed >> a.prefix_rows_log2;
-    return partials_of((tile * p.kv_num_heads + kv_head) * blocks, blocks, 0, kv_head, packed,
+    return partials_of((tile * p.kv_num_heads + kv_head) * blocks, blocks, tile, 0, kv_head, packed,
                        packed - tile * a.prefix_rows);
   }
   __device__ __forceinline__ Partials context_partials(int request, int kv_head, int packed) const {
@@ -170,7 +170,7 @@ class HopperAttention {
     const int tile = row >> a.context_rows_log2;
     return partials_of(
         schedule.unit_start()[request] + (kv_head * schedule.context_tiles(request) + tile) * blocks, blocks,
-        1, kv_head, packed, row - tile * a.context_rows);
+        0, 1, kv_head, packed, row - tile * a.context_rows);
   }
 
  private:
@@ -252,21 +252,30 @@ class HopperAttention {
     const HopperTotals& t = schedule.totals();
     Walk walk{};
     wide = static_cast<int>(blockIdx.x) < t.wide.workers;
-    const int worker = wide ? blockIdx.x : schedule.narrow_worker(blockIdx.x, warpgroup);
+    int worker = wide ? blockIdx.x : schedule.narrow_worker(blockIdx.x, warpgroup), before = 0;
     const Region& region = wide ? t.wide : t.narrow;
     if (worker < region.workers) {
-      walk.unit = region.begin(worker);
-      walk.end = region.begin(worker + 1);
+      if (wide && t.tile_workers > 0) {
+        const int tile = quotient(worker, t.tile_workers);
+        worker -= tile * t.tile_workers;
+        before = tile * t.tile_units;
+      }
+      walk.unit = before + region.begin(worker);
+      walk.end = before + region.begin(worker + 1);
       schedule.start(walk);
     }
     return walk;
   }
-  __device__ __forceinline__ Partials partials_of(int first_unit, int units, int kind, int kv_head,
+  // tile: of the prefix
+  __device__ __forceinline__ Partials partials_of(int first_unit, int units, int tile, int kind, int kv_head,
                                                   int packed_row, int row_in_tile) const {
     const HopperTotals& t = schedule.totals();
     const bool wide = first_unit < t.wide_units;
     const Region& region = wide ? t.wide : t.narrow;
-    const int first = region.owner(first_unit), last = region.owner(first_unit + units - 1);
+    const int like = wide && t.tile_workers > 0 ? tile : 0;  // so many tiles before are shared out like it
+    first_unit -= like * t.tile_units;
+    const int first = like * t.tile_workers + region.owner(first_unit);
+    const int last = like * t.tile_workers + region.owner(first_unit + units - 1);
     Partials partials;
     partials.count = last - first + 1;
     partials.head = (kind * p.kv_num_heads + kv_head) * a.max_rows + packed_row;

@@ -14,6 +14,11 @@
 
 namespace relay::cuda {
 
+// As good as x / y, and sooner: exact where both are small, else for estimates.
+__device__ __forceinline__ int quotient(int x, int y) {
+  return static_cast<int>(__fdividef(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
+}
+
 // Units shared out evenly: the first `longer` workers take one more than `each`.
 struct Region {
   int first_unit;
@@ -39,7 +44,8 @@ struct HopperTotals {
   int prefix_blocks;
   int prefix_units;
   int wide_units;  // the first so many
-  int unused;
+  // Where the prefix's wide tiles are shared out alike, of each; `wide` is then the first tile. Else 0.
+  int tile_units, tile_workers;
   Region wide;  // workers are blocks
   Region narrow;
 };
@@ -161,7 +167,7 @@ struct HopperSchedule : RequestTables {
   __device__ __forceinline__ void build(const Asked& asked) const {
     const KernelArguments& a = *arguments;
     const RelayParams& p = a.params;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
     // A lane for each request or two: one warp shares out the work while another fills the tables.
     const bool few = p.batch <= 64 && !is_cut(a, p);
     Sums sums{};
@@ -337,9 +343,17 @@ struct HopperSchedule : RequestTables {
     t.wide.workers = min(t.wide.workers, t.wide_units);
     t.narrow.workers = min(2 * (grid - t.wide.workers), narrow_units);
     t.narrow.first_unit = t.wide_units;
+    // All of a prefix's tiles are shared out alike, where they can be, so that their workers read the same
+    // keys at the same time: a prefix larger than L2 is else read from memory again and again.
+    if (t.wide.workers > 0 && t.wide_units == t.prefix_units) {
+      const int of_tile = quotient(t.wide.workers, t.prefix_tiles);
+      if (of_tile * t.prefix_tiles == t.wide.workers)
+        t.tile_units = p.kv_num_heads * t.prefix_blocks, t.tile_workers = of_tile;
+    }
     // Lane 1 divides for the narrow ones while lane 0 does for the wide.
-    const int units = lane == 0 ? t.wide_units : narrow_units;
-    const int workers = max(lane == 0 ? t.wide.workers : t.narrow.workers, 1);
+    const bool alike = t.tile_workers > 0;
+    const int units = lane > 0 ? narrow_units : (alike ? t.tile_units : t.wide_units);
+    const int workers = max(lane > 0 ? t.narrow.workers : (alike ? t.tile_workers : t.wide.workers), 1);
     const int each = units / static_cast<uint32_t>(workers), longer = units - each * workers;
     t.wide.each = each, t.wide.longer = longer;
     t.narrow.each = __shfl_sync(kAllLanes, each, 1), t.narrow.longer = __shfl_sync(kAllLanes, longer, 1);
@@ -395,11 +409,6 @@ struct HopperSchedule : RequestTables {
     const uint32_t least = __reduce_min_sync(kAllLanes, time);
     return __shfl_sync(kAllLanes, blocks, __ffs(__ballot_sync(kAllLanes, time == least)) - 1);
   }
-  // As good as x / y, and sooner; for estimates.
-  __device__ __forceinline__ static int quotient(int x, int y) {
-    return static_cast<int>(__fdividef(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
-  }
-
   // Exclusive prefix sums over the warp, of two numbers at once.
   __device__ __forceinline__ static void scan(int& x, int& y, int* all_x, int* all_y) {
     int inclusive_x = x, inclusive_y = y;

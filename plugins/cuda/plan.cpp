@@ -110,12 +110,15 @@ bool plan_hopper(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   if (tuning.prefix_rows > 0 && plan->context_rows == 64)
     plan->prefix_rows = tuning.prefix_rows <= 64 ? 64 : 128;
   if (device.sm_count < 2) plan->prefix_rows = plan->context_rows;  // a block has tiles of one kind only
-  // Of 128 keys a block waits half as often, but they are shared out less evenly. Measured on an H100: with
-  // 62 such units a multiprocessor 1.15 to 1.18 times as fast, with 31 1.01, with 4 to 16 from 1.06 to 0.83.
+  // Of 128 keys a block waits half as often, but they are shared out less evenly. Measured on an H100
+  // (docs/performance_gpu.md), by the number of such units that a multiprocessor gets: head_dim 128 and 4
+  // tiles or more 1.1 times as fast from 31 on, the same at 15, 0.8 to 1 at 4; two tiles 0.9 to 1 at 31;
+  // head_dim 64 1.15 at 15.
   const int64_t tokens = std::min<int64_t>(plan->tokens_per_launch, int64_t{p.batch} * p.sequence);
   const int64_t tiles = divide_up(tokens * (p.num_heads / p.kv_num_heads), 128);
   const int64_t units = p.kv_num_heads * tiles * divide_up(p.prefix_length, 128);
-  plan->wide_keys = tiles > 1 && units >= int64_t{24} * device.sm_count ? 128 : 64;
+  const bool small = p.head_dim <= 64;
+  plan->wide_keys = tiles > (small ? 1 : 2) && units >= int64_t{small ? 12 : 24} * device.sm_count ? 128 : 64;
   if (tuning.wide_keys > 0) plan->wide_keys = tuning.wide_keys <= 64 ? 64 : 128;
   int stages = tuning.pipeline_depth > 0 ? std::clamp(tuning.pipeline_depth, 4, kMaxStages) : kMaxStages;
   const auto bytes = [&](int n) {
@@ -125,9 +128,9 @@ bool plan_hopper(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
   if (bytes(stages) > device.shared_bytes_per_block) return false;
   plan->hopper = true;
   // Copies are kept few, so that queries need not wait behind them, but for where contexts are most of the
-  // work.
+  // work, the units of wide tiles large or the copies of narrow ones small.
   const bool many = int64_t{p.batch} * p.kv_num_heads >= int64_t{6} * device.sm_count;
-  const int copies = many ? 4 : 3;
+  const int copies = many || plan->wide_keys == 128 || (small && plan->prefix_rows == 64) ? 4 : 3;
   plan->copies_in_flight =
       std::min(tuning.copies_in_flight > 0 ? tuning.copies_in_flight : copies, stages / 2 * 2);
   plan->depth = stages;
@@ -294,7 +297,8 @@ Status make_plan(const RelayParams& p, const RelayTuning& tuning, const DeviceLi
                 p.max_context);
   // Until the lengths are read and the work is shared out, some of the prefix can be asked into L2. Measured
   // on an H100 (docs/performance_gpu.md): 6 MB, what the memory gives meanwhile, save the Hopper kernel up
-  // to 1.1 us at up to 256 rows; beyond that, and for the portable kernel, it never helped. A window may hide them.
+  // to 1.1 us at up to 256 rows; beyond that, and for the portable kernel, it never helped. A window may hide
+  // them.
   const bool helps = plan->hopper && tiles <= 2 && p.local_window_size < 0;
   const int64_t megabytes =
       tuning.l2_prefetch_mb > 0 ? tuning.l2_prefetch_mb : (tuning.l2_prefetch_mb == 0 && helps ? 6 : 0);
