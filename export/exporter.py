@@ -26,7 +26,7 @@ from relay_attention.export.passes.tensorrt import tensorrt_passes
 from relay_attention.export.pieces import check_pieces
 from relay_attention.export.prefix import bake_prefix, choose_max_context, load_graph, tokenize
 from relay_attention.export.progress import stage
-from relay_attention.export.source import GENAI, ONNX, SourceModel, detect, files_beside
+from relay_attention.export.source import GENAI, ONNX, PRECISIONS, SourceModel, detect, files_beside
 from relay_attention.runtime import bfloat16
 from relay_attention.runtime.artifact import (
     MODEL_NAME,
@@ -42,7 +42,6 @@ from relay_attention.runtime.artifact import (
 from relay_attention.runtime.text import TOKENIZER_FILES, TOKENIZER_NAME, Tokenizer
 
 TARGETS = ("onnxruntime", "tensorrt")
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _WEIGHT_ALIGNMENT = 4096
 _NO_BFLOAT16_THERE = (
     "--target tensorrt takes no bfloat16: TensorRT 8.6 has none, and later ones were not tried with it; "
@@ -176,7 +175,8 @@ def _load(
             f"{folder} is a Hugging Face model; exporting it needs torch, transformers and onnxscript "
             f"(pip install 'relay-attention[export]'): {error}"
         ) from error
-    return load_huggingface(folder, PRECISIONS[precision or "fp32"], prefix_length, max_context, progress)
+    dtype = str(PRECISIONS[precision or "fp32"].numpy())
+    return load_huggingface(folder, dtype, prefix_length, max_context, progress)
 
 
 def _source(loaded: SourceModel) -> dict[str, str]:
@@ -186,21 +186,14 @@ def _source(loaded: SourceModel) -> dict[str, str]:
 
 def _check_precision(loaded: SourceModel, folder: Path, precision: str) -> None:
     output = graph_output(loaded.model, "logits")
-    caches = {value.dtype for value in loaded.model.graph.inputs if value.dtype in _KV_DTYPES}
-    if output is not None and caches and caches != {_KV_DTYPES_BY_NAME[PRECISIONS[precision]]}:
+    held = PRECISIONS.values()
+    caches = {value.dtype for value in loaded.model.graph.inputs if value.dtype in held}
+    if output is not None and caches and caches != {PRECISIONS[precision]}:
         found = ", ".join(sorted(str(dtype) for dtype in caches))
         raise ExportError(
             f"{folder}: built with a KV cache of {found}; its precision cannot be changed to {precision}: "
             f"build it with -p {precision}, or leave --precision out"
         )
-
-
-_KV_DTYPES_BY_NAME = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-_KV_DTYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> Tokenizer:

@@ -29,7 +29,7 @@ from relay_attention.export.passes import run
 from relay_attention.export.passes.fold_attention import FoldAttention, make_probe
 from relay_attention.export.passes.refuse_leftovers import refuse_attention
 from relay_attention.export.passes.settle_sizes import SettleSizes, StateShapes
-from relay_attention.export.source import ONNX, SourceModel, read_json, token_list
+from relay_attention.export.source import ONNX, PRECISIONS, SourceModel, read_json, token_list
 
 CONFIG_NAME = "config.json"
 NAMES = (
@@ -438,13 +438,12 @@ def _warn_of_shared_ranges(model: ir.Model, file: Path) -> None:
 
 
 def _check_precision(model: ir.Model, file: Path, precision: str | None) -> None:
-    wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
     found = {
         node.inputs[0].dtype
         for node in find_nodes(model, lambda node: node.op_type in ("AttentionForm", "GroupQueryAttention"))
         if node.inputs[0] is not None
     }
-    if precision is not None and found and found != {wanted[precision]}:
+    if precision is not None and found and found != {PRECISIONS[precision]}:
         names = ", ".join(sorted(str(dtype) for dtype in found))
         raise ExportError(
             f"{file}: its attention is of type {names}; it cannot be changed to {precision}: export "

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from relay_attention.errors import ExportError
 
 HUGGINGFACE, GENAI, ONNX = "huggingface", "genai", "onnx"
+PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass

@@ -69,7 +69,7 @@ class HopperAttention {
   static constexpr int kQueryBytes = 2 * kBufferBytes;
   static_assert(sizeof(HopperTotals) <= kBarrierOffset && kArraysOffset == kHopperFixedBytes);
   static_assert(kQueryBytes >= kHopperConsumers / 32 * kHeadDim * 4);  // also the sums of merge()
-  static constexpr int kFourRowsAhead = 8;
+  static constexpr int kFourRowsAhead = 8;                             // for merge()
 
   __device__ __forceinline__ explicit HopperAttention(const HopperArguments& arguments)
       : maps(arguments),
